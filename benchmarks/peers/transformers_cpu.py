@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gptoss_jax against transformers on one CPU: prefill and decode of one mid-size random model.
+
+Both sides get the same float32 weights and prompts and must agree on the greedy tokens; their turns
+are interleaved, so that a busy machine slows both. transformers runs its fastest experts
+implementation for each task, found in the same run. Needs torch and transformers:
+    python benchmarks/peers/transformers_cpu.py [--json FILE] [--repeats 7] [--packed]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.peers import torch_side
+from benchmarks.peers.jax_side import JaxSide, mid_size_config, packed_twin, random_model
+from benchmarks.peers.machine import describe_machine
+from benchmarks.peers.torch_side import TorchSide
+
+THREADS = 2
+PROMPT = 512
+STEPS = 32
+PACKED = "gptoss_jax, packed"
+OURS = "gptoss_jax"
+
+
+def main() -> None:
+    options = read_options()
+    torch.set_num_threads(THREADS)
+    sides = build_sides(options.packed)
+    report = describe_machine(
+        {"jax": jax.__version__, "torch": torch.__version__}
+        | {"transformers": torch_side.version()}
+    )
+    report |= {"threads": THREADS, "prefill": PROMPT, "context": options.context, "steps": STEPS}
+    report |= {"model": str(mid_size_config()), "tasks": {}}
+    for task, batch in (("prefill", 1), ("decode", 1), ("decode", 8)):
+        name = f"{task} b{batch}"
+        runs = {
+            who: side.prepare(
+                task, prompts(batch, PROMPT if task == "prefill" else options.context)
+            )
+            for who, side in sides.items()
+        }
+        check_agreement(name, runs)
+        times = interleaved({who: run for who, (run, _) in runs.items()}, options.repeats)
+        tokens = batch * (PROMPT if task == "prefill" else STEPS)
+        report["tasks"][name] = summary(times, tokens)
+        print_task(name, report["tasks"][name])
+    print(json.dumps(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the report here too")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--context", type=int, default=PROMPT, help="prompt before decoding")
+    parser.add_argument("--packed", action="store_true", help="also run ours on MXFP4 experts")
+    return parser.parse_args()
+
+
+def build_sides(packed: bool) -> dict[str, JaxSide | TorchSide]:
+    config = mid_size_config()
+    model = random_model(config)
+    peer = torch_side.copy_of(model, config)
+    sides: dict[str, JaxSide | TorchSide] = {OURS: JaxSide(model, STEPS)}
+    if packed:
+        sides[PACKED] = JaxSide(packed_twin(model), STEPS)
+    for kind in torch_side.EXPERT_KINDS:
+        sides[f"transformers, {kind}"] = TorchSide(peer, kind, STEPS)
+    return sides
+
+
+def prompts(batch: int, length: int) -> np.ndarray:
+    vocab = mid_size_config().vocab_size
+    return np.random.default_rng(batch).integers(0, vocab, (batch, length), np.int32)
+
+
+def check_agreement(name: str, runs: dict) -> None:
+    """Everything on float32 weights must have chosen the same tokens."""
+    (_, expected), *_ = runs.values()
+    for who, (_, tokens) in runs.items():
+        if who != PACKED and not np.array_equal(tokens, expected):
+            share = (tokens == expected).mean()
+            raise SystemExit(f"{name}: {who} agrees with {OURS} on {share:.0%} of the tokens only")
+
+
+def interleaved(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, in turns; pauses let the other library's threads go to sleep."""
+    times: dict[str, list[float]] = {who: [] for who in runs}
+    for _ in range(repeats):
+        for who, run in runs.items():
+            time.sleep(0.1)
+            start = time.perf_counter()
+            run()
+            times[who].append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: dict[str, list[float]], tokens: int) -> dict:
+    rows = {}
+    for who, seconds in times.items():
+        rows[who] = {
+            "median_s": statistics.median(seconds),
+            "min_s": min(seconds),
+            "max_s": max(seconds),
+            "tokens_per_s": tokens / statistics.median(seconds),
+        }
+    best = min(
+        (who for who in rows if who.startswith("transformers")),
+        key=lambda who: rows[who]["median_s"],
+    )
+    ratios = {
+        who: rows[best]["median_s"] / rows[who]["median_s"] for who in rows if who.startswith(OURS)
+    }
+    return {"rows": rows, "fastest_peer": best, "times_as_fast": ratios}
+
+
+def print_task(name: str, task: dict) -> None:
+    print(f"\n{name:<36} {'median':>9} {'min':>9} {'max':>9} {'tokens/s':>9}")
+    for who, row in task["rows"].items():
+        times = " ".join(f"{row[key] * 1e3:>7.1f}ms" for key in ("median_s", "min_s", "max_s"))
+        print(f"  {who:<34} {times} {row['tokens_per_s']:>9.1f}")
+    for who, ratio in task["times_as_fast"].items():
+        print(f"  {who}: {ratio:.2f} times as fast as {task['fastest_peer']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode as two compiled programs, and the loops around them.
+
+A `Decoder` takes a model apart once and then calls functions of flat leaves: passing modules
+through jit costs milliseconds a call. Shapes are rounded up to a few sizes (rows, prompt length,
+capacity), so a new prompt rarely compiles anything. Knows token ids only; text is
+`conversation.py`'s business.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from gptoss_jax.inference.sampling import (
+    Sampling,
+    SamplingArrays,
+    Seen,
+    Steps,
+    choose,
+    sampling_arrays,
+)
+from gptoss_jax.model.cache import Cache, empty_cache
+from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.shapes import Array
+
+PREFILL_LENGTHS = (16, 32, 64, 128, 256, 512, 768, 1024)  # longer prompts go in pieces of the last
+SMALLEST_CAPACITY = 256
+ADVISED = Sampling()
+
+
+@nnx.dataclass
+class DecodeState(nnx.Pytree):
+    """Everything that changes from step to step."""
+
+    cache: Cache = nnx.data()
+    tokens: Int[Array, " B"] = nnx.data()  # chosen last, not yet in the cache
+    generated: Int[Array, " B"] = nnx.data()  # how many were chosen
+    done: Bool[Array, " B"] = nnx.data()
+    seen: Seen | None = nnx.data()  # only where a row has a penalty
+
+
+@nnx.dataclass
+class Request(nnx.Pytree):
+    """Everything that stays: how each row samples, when it stops."""
+
+    sampling: SamplingArrays = nnx.data()
+    limits: Int[Array, " B"] = nnx.data()  # tokens to generate at most
+    stop: Int[Array, " stops"] = nnx.data()  # token ids that end a row, -1 where unused
+
+
+@dataclasses.dataclass
+class Completion:
+    """What one prompt got: new token ids, a stop token included, and why they end there."""
+
+    tokens: list[int]
+    logprobs: list[float]  # natural logarithm, under the untempered logits
+    finish_reason: str | None  # "stop", "length", or None while there is more to come
+
+
+class Decoder:
+    """A model ready to generate. Later changes to the model's weights do not reach it."""
+
+    def __init__(self, model: Transformer):
+        graph, state = nnx.split(model)
+        leaves, tree = jax.tree.flatten(state)
+        self.config = model.config
+        self.leaves = tuple(leaves)
+        self.dtype = model.embed.dtype
+        self._prefill, self._advance = _programs(graph, tree)
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: Sequence[Sampling],
+        limits: Sequence[int],
+        stop: Sequence[int],
+    ) -> tuple["Run", np.ndarray, np.ndarray]:
+        """Read the prompts; returns the run and the first token and log-probability of each row."""
+        self._check(prompts, limits)
+        rows = _power_of_two(len(prompts))
+        spare = rows - len(prompts)
+        lengths = np.array([len(p) for p in prompts] + [0] * spare, np.int32)
+        request = Request(
+            sampling_arrays([*sampling, *[Sampling(temperature=0.0)] * spare], self.vocab_size),
+            jnp.asarray(np.array([*limits, *[0] * spare], np.int32)),
+            jnp.asarray(np.array(list(stop) or [-1], np.int32)),
+        )
+        steps = Steps.needed(sampling)
+        longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+        state = self._empty(rows, max(SMALLEST_CAPACITY, _power_of_two(longest)), steps)
+        logprobs = jnp.zeros((rows,), jnp.float32)
+        for tokens, counts in _chunks(prompts, lengths):
+            state, logprobs = self._prefill(
+                self.leaves, state, logprobs, request, tokens, counts, steps
+            )
+        run = Run(self, state, request, steps, len(prompts))
+        return run, np.asarray(state.tokens)[: len(prompts)], np.asarray(logprobs)[: len(prompts)]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def _empty(self, rows: int, capacity: int, steps: Steps) -> DecodeState:
+        shape = (rows, self.vocab_size)
+        seen = Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)) if steps.penalise else None
+        return DecodeState(
+            cache=empty_cache(self.config, rows, capacity, self.dtype),
+            tokens=jnp.zeros((rows,), jnp.int32),
+            generated=jnp.zeros((rows,), jnp.int32),
+            done=jnp.ones((rows,), bool),
+            seen=seen,
+        )
+
+    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+        context = self.config.max_context
+        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            name = f"prompts[{row}]"
+            if not len(prompt):
+                raise ValueError(f"{name}: expected at least one token id, got none")
+            outside = [token for token in prompt if not 0 <= token < self.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{name}: expected token ids in [0, V={self.vocab_size}), got {outside[:5]}; "
+                    "were they made with another model's tokenizer?"
+                )
+            if limit < 1:
+                raise ValueError(f"max_new_tokens: expected at least 1, got {limit}")
+            if len(prompt) + limit > context:
+                raise ValueError(
+                    f"{name}: expected prompt and new tokens to fit the context of {context} "
+                    f"tokens, got {len(prompt)} + {limit}; shorten the prompt or max_new_tokens"
+                )
+
+
+class Run:
+    """Prompts that are being continued. `advance` may be called until `done`."""
+
+    def __init__(self, decoder, state: DecodeState, request: Request, steps: Steps, rows: int):
+        self._decoder, self._request, self._steps, self._rows = decoder, request, steps, rows
+        self._state = state
+
+    @property
+    def done(self) -> bool:
+        return bool(np.asarray(self._state.done).all())
+
+    def advance(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `num_tokens` more tokens in one dispatch.
+
+        Returns ids and log-probabilities, both `[rows, num_tokens]`; -1 where a row had ended.
+        """
+        self._state, tokens, logprobs = self._decoder._advance(
+            self._decoder.leaves, self._state, self._request, num_tokens, self._steps
+        )
+        return np.asarray(tokens)[: self._rows], np.asarray(logprobs)[: self._rows]
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(graph, tree):
+    """Jitted prefill and advance of one model structure, shared by all models that have it."""
+
+    def rebuild(leaves) -> Transformer:
+        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+    @functools.partial(jax.jit, static_argnums=(6,), donate_argnums=(1, 2))
+    def prefill(leaves, state, logprobs, request, tokens, counts, steps):
+        """Read one chunk of the prompts and choose a token after it.
+
+        A row whose prompt goes on keeps nothing of that token: the next chunk chooses again.
+        """
+        model = rebuild(leaves)
+        hidden, cache = model.extend(tokens, counts, state.cache)
+        last = hidden[jnp.arange(tokens.shape[0]), jnp.maximum(counts - 1, 0)]
+        seen = state.seen and _saw_prompt(state.seen, tokens, counts)
+        first = jnp.zeros_like(state.generated)
+        logits = model.logits(last[:, None])[:, 0]
+        chosen, new_logprobs = choose(logits, request.sampling, first, seen, steps)
+        here = counts > 0
+        chosen = jnp.where(here, chosen, state.tokens)
+        done = _ended(chosen, first + 1, request)
+        state = DecodeState(cache, chosen, first + 1, done, seen)
+        return state, jnp.where(here, new_logprobs, logprobs)
+
+    @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(1,))
+    def advance(leaves, state, request, num_tokens, steps):
+        """Step until `num_tokens` are written or every row is done."""
+        model = rebuild(leaves)
+
+        def unfinished(carry):
+            index, state, _, _ = carry
+            return (index < num_tokens) & ~state.done.all()
+
+        def step(carry):
+            index, state, tokens, logprobs = carry
+            going = ~state.done
+            state, new_logprobs = _step(model, state, request, steps)
+            tokens = tokens.at[:, index].set(jnp.where(going, state.tokens, -1))
+            return index + 1, state, tokens, logprobs.at[:, index].set(new_logprobs)
+
+        shape = (state.tokens.shape[0], num_tokens)
+        start = jnp.zeros((), jnp.int32)
+        carry = (start, state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+        _, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, carry)
+        return state, tokens, logprobs
+
+    return prefill, advance
+
+
+def _step(
+    model: Transformer, state: DecodeState, request: Request, steps: Steps
+) -> tuple[DecodeState, Float[Array, " B"]]:
+    """Feed each row its last token and choose the next; rows that are done stand still."""
+    going = ~state.done
+    counts = going.astype(jnp.int32)
+    hidden, cache = model.extend(state.tokens[:, None], counts, state.cache)
+    seen = state.seen and _saw_generated(state.seen, state.tokens, counts)
+    logits = model.logits(hidden)[:, 0]
+    chosen, logprobs = choose(logits, request.sampling, state.generated, seen, steps)
+    chosen = jnp.where(going, chosen, state.tokens)
+    generated = state.generated + counts
+    done = state.done | _ended(chosen, generated, request)
+    return DecodeState(cache, chosen, generated, done, seen), logprobs
+
+
+def _ended(
+    tokens: Int[Array, " B"], generated: Int[Array, " B"], request: Request
+) -> Bool[Array, " B"]:
+    stopped = (tokens[:, None] == request.stop[None, :]).any(axis=1)
+    return stopped | (generated >= request.limits)
+
+
+def _saw_prompt(seen: Seen, tokens: Int[Array, "B T"], counts: Int[Array, " B"]) -> Seen:
+    vocab_size = seen.prompt.shape[1]
+    real = jnp.arange(tokens.shape[1])[None, :] < counts[:, None]
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    tokens = jnp.where(real, tokens, vocab_size)  # out of bounds is dropped
+    return Seen(seen.prompt.at[rows, tokens].set(True, mode="drop"), seen.generated)
+
+
+def _saw_generated(seen: Seen, tokens: Int[Array, " B"], counts: Int[Array, " B"]) -> Seen:
+    rows = jnp.arange(tokens.shape[0])
+    return Seen(seen.prompt, seen.generated.at[rows, tokens].add(counts))
+
+
+def _chunks(prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> Iterator[tuple]:
+    """The prompts side by side, padded on the right, in pieces of a few fixed lengths."""
+    biggest = PREFILL_LENGTHS[-1]
+    for start in range(0, int(lengths.max()), biggest):
+        counts = np.clip(lengths - start, 0, biggest)
+        size = next(size for size in PREFILL_LENGTHS if size >= counts.max())
+        tokens = np.zeros((len(lengths), size), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : counts[row]] = prompt[start : start + int(counts[row])]
+        yield jnp.asarray(tokens), jnp.asarray(counts)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def generate(
+    model: Transformer | Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling] = ADVISED,
+    stop: Sequence[int] = (),
+) -> list[Completion]:
+    """Continue every prompt (token ids) until a stop token or `max_new_tokens`, in one dispatch.
+
+    `sampling` and `max_new_tokens` are one for all prompts or one each. Rows do not affect each
+    other. Raises ValueError for an empty prompt, ids outside the vocabulary, or a prompt that
+    leaves no room in the context.
+    """
+    pieces = stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        tokens_per_dispatch=None,
+    )
+    whole = next(pieces)
+    for piece in pieces:
+        for row, more in zip(whole, piece, strict=True):
+            row.tokens += more.tokens
+            row.logprobs += more.logprobs
+            row.finish_reason = row.finish_reason or more.finish_reason
+    return whole
+
+
+def stream(
+    model: Transformer | Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling] = ADVISED,
+    stop: Sequence[int] = (),
+    tokens_per_dispatch: int | None = 8,
+) -> Iterator[list[Completion]]:
+    """As `generate`, but yields what is new after the prefill and after each dispatch.
+
+    Each yield has one `Completion` per prompt; its finish_reason is None until the row has ended.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    rows = len(prompts)
+    limits = _one_each("max_new_tokens", max_new_tokens, int, rows)
+    samplings = _one_each("sampling", sampling, Sampling, rows)
+    run, first, logprobs = decoder.start(prompts, sampling=samplings, limits=limits, stop=stop)
+    ends = frozenset(stop)
+    made = [0] * rows
+    yield _pieces(first[:, None], logprobs[:, None], made, limits, ends)
+    num_tokens = tokens_per_dispatch or max(16, _power_of_two(max(limits) - 1))
+    while not run.done:
+        yield _pieces(*run.advance(num_tokens), made, limits, ends)
+
+
+def _pieces(tokens, logprobs, made: list[int], limits: list[int], ends) -> list[Completion]:
+    """Split one dispatch into rows; `made` counts each row's tokens and is brought up to date."""
+    pieces = []
+    for row, (ids, values) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+        ids = ids[: ids.index(-1)] if -1 in ids else ids
+        made[row] += len(ids)
+        reason = None
+        if ids and ids[-1] in ends:
+            reason = "stop"
+        elif ids and made[row] >= limits[row]:
+            reason = "length"
+        pieces.append(Completion(ids, values[: len(ids)], reason))
+    return pieces
+
+
+def _one_each(name: str, value, kind: type, rows: int) -> list:
+    if isinstance(value, kind):
+        return [value] * rows
+    if len(value) != rows:
+        raise ValueError(f"{name}: expected one or {rows}, one per prompt, got {len(value)}")
+    return list(value)

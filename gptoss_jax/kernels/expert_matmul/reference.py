@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts' feed-forward network in plain jnp, for packed and plain weights alike.
+
+Two forms of one formula. Few rows: visit each (token, expert) pair and read that expert's weights.
+Many rows: sort the pairs by expert and visit each expert once, its rows in tiles. Neither holds
+more than one unpacked expert at a time, and neither does the backward pass, which recomputes.
+Arguments are checked in api.py.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.mxfp4 import Mxfp4, unpack
+
+FEW_ROWS = 16  # up to this many (token, expert) pairs, visiting pairs beats sorting them
+
+
+class Experts(NamedTuple):
+    """The weights of all experts (leading axis E), or of one expert (without it)."""
+
+    gate_up: Float[Array, "*E 2 F D"] | Mxfp4
+    gate_up_bias: Float[Array, "*E 2 F"]
+    down: Float[Array, "*E D F"] | Mxfp4
+    down_bias: Float[Array, "*E D"]
+
+    def one(self, expert: Int[Array, ""], dtype) -> "Experts":
+        """One expert's weights, unpacked where they are packed."""
+        taken = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False), self
+        )
+        return taken._replace(gate_up=_plain(taken.gate_up, dtype), down=_plain(taken.down, dtype))
+
+
+def _plain(weights, dtype):
+    return unpack(weights, dtype) if isinstance(weights, Mxfp4) else weights
+
+
+class _Static(NamedTuple):
+    alpha: float
+    limit: float
+
+
+def expert_mlp(
+    x: Float[Array, "B T D"],
+    expert_ids: Int[Array, "B T A"],
+    expert_weights: Float[Array, "B T A"],
+    gate_up: Float[Array, "E 2 F D"] | Mxfp4,
+    gate_up_bias: Float[Array, "E 2 F"],
+    down: Float[Array, "E D F"] | Mxfp4,
+    down_bias: Float[Array, "E D"],
+    *,
+    alpha: float,
+    limit: float,
+) -> Float[Array, "B T D"]:
+    """See `api.expert_mlp`."""
+    experts = Experts(gate_up, gate_up_bias, down, down_bias)
+    rows = x.reshape(-1, x.shape[-1])
+    num_active = expert_ids.shape[-1]
+    y = _combined(
+        _Static(alpha, limit),
+        rows,
+        expert_ids.reshape(-1, num_active),
+        expert_weights.reshape(-1, num_active).astype(jnp.float32),
+        experts,
+    )
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def clamped_swiglu(
+    gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], *, alpha: float, limit: float
+) -> Float[Array, "*rows F"]:
+    """gate' * sigmoid(alpha * gate') * (up' + 1), gate clamped from above only, up on both sides.
+
+    (gate, up) = (8, 9) with alpha 1.702 and limit 7 gives 55.9996.
+    """
+    gate = jnp.minimum(gate, limit)
+    up = jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+def _through_one(static: _Static, x: Float[Array, "R D"], expert: Experts) -> Float[Array, "R D"]:
+    """Rows through one (unpacked) expert, float32 outside the two products."""
+    u = jnp.einsum("RD,xFD->xRF", x, expert.gate_up, preferred_element_type=jnp.float32)
+    gate, up = u + expert.gate_up_bias.astype(jnp.float32)[:, None, :]
+    hidden = clamped_swiglu(gate, up, alpha=static.alpha, limit=static.limit)
+    y = jnp.einsum(
+        "RF,DF->RD", hidden.astype(x.dtype), expert.down, preferred_element_type=jnp.float32
+    )
+    return y + expert.down_bias.astype(jnp.float32)[None, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combined(
+    static: _Static,
+    x: Float[Array, "R D"],
+    ids: Int[Array, "R A"],
+    weights: Float[Array, "R A"],
+    experts: Experts,
+) -> Float[Array, "R D"]:
+    if ids.size <= FEW_ROWS:
+        outputs = _visit_pairs(static, x, ids, experts)
+    else:
+        outputs = _visit_experts(static, x, ids, experts)
+    return (outputs * weights[..., None]).sum(axis=1)
+
+
+def _visit_pairs(static, x, ids, experts) -> Float[Array, "R A D"]:
+    """Every (token, expert) pair on its own."""
+    num_active = ids.shape[1]
+
+    def one_pair(pair):
+        expert = experts.one(ids.reshape(-1)[pair], x.dtype)
+        row = jax.lax.dynamic_slice_in_dim(x, pair // num_active, 1)
+        return _through_one(static, row, expert)[0]
+
+    return jax.lax.map(one_pair, jnp.arange(ids.size)).reshape(*ids.shape, -1)
+
+
+class _Sorted(NamedTuple):
+    """Pairs in the order of their experts: expert e has the sorted rows starts[e]:starts[e + 1].
+
+    Sorted arrays are padded with one tile, so that a tile may begin at any row.
+    """
+
+    order: Int[Array, " M"]  # sorted row -> pair; pair // A is its token
+    starts: Int[Array, " bounds"]
+    tile: int  # rows of one expert that go through a matmul together
+
+    def take(self, by_pair: Float[Array, "R A ..."]) -> Float[Array, "sorted ..."]:
+        flat = by_pair.reshape(-1, *by_pair.shape[2:])
+        return self._padded(flat[self.order])
+
+    def take_tokens(self, by_token: Float[Array, "R D"]) -> Float[Array, "sorted D"]:
+        num_active = self.order.size // by_token.shape[0]
+        return self._padded(by_token[self.order // num_active])
+
+    def _padded(self, rows: Float[Array, "M ..."]) -> Float[Array, "sorted ..."]:
+        return jnp.pad(rows, [(0, self.tile)] + [(0, 0)] * (rows.ndim - 1))
+
+    def put_back(self, by_row: Float[Array, "sorted ..."]) -> Float[Array, "M ..."]:
+        return by_row[jnp.argsort(self.order)]
+
+
+def _sort(ids: Int[Array, "R A"], num_experts: int) -> _Sorted:
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    starts = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1))
+    share = flat.size / num_experts  # rows of an expert under even routing
+    tile = min(512, max(16, 1 << math.ceil(math.log2(share / 2))))
+    return _Sorted(order, starts.astype(jnp.int32), tile)
+
+
+def _for_each_tile(pairs: _Sorted, expert: Int[Array, ""], visit, carry):
+    """carry = visit(first_row, carry) for the tiles of one expert; the last may run over its end.
+
+    Experts are visited in order, so what a tile wrote past the end is overwritten by its owner.
+    """
+    start, end = pairs.starts[expert], pairs.starts[expert + 1]
+    num_tiles = (end - start + pairs.tile - 1) // pairs.tile
+    return jax.lax.fori_loop(
+        0, num_tiles, lambda index, carry: visit(start + index * pairs.tile, carry), carry
+    )
+
+
+def _visit_experts(static, x, ids, experts) -> Float[Array, "R A D"]:
+    """Every expert once, with all the rows that chose it."""
+    num_experts = experts.down_bias.shape[0]
+    pairs = _sort(ids, num_experts)
+    rows = pairs.take_tokens(x)
+
+    def visit(index, outputs):
+        expert = experts.one(index, x.dtype)
+
+        def one_tile(first, outputs):
+            tile = _cut(rows, first, pairs.tile)
+            return _paste(outputs, _through_one(static, tile, expert), first)
+
+        return _for_each_tile(pairs, index, one_tile, outputs)
+
+    outputs = jax.lax.fori_loop(0, num_experts, visit, jnp.zeros(rows.shape, jnp.float32))
+    return pairs.put_back(outputs).reshape(*ids.shape, -1)
+
+
+def _cut(rows, first, size):
+    return jax.lax.dynamic_slice_in_dim(rows, first, size)
+
+
+def _paste(rows, tile, first):
+    return jax.lax.dynamic_update_slice_in_dim(rows, tile, first, axis=0)
+
+
+def _forward(static, x, ids, weights, experts):
+    return _combined(static, x, ids, weights, experts), (x, ids, weights, experts)
+
+
+def _backward(static, residuals, dy: Float[Array, "R D"]):
+    """Recompute each expert's rows and pull dy back through them."""
+    x, ids, weights, experts = residuals
+    pairs = _sort(ids, experts.down_bias.shape[0])
+    rows, rows_dy = pairs.take_tokens(x), pairs.take_tokens(dy)
+    row_weights = pairs.take(weights)
+
+    def visit(carry, index):
+        expert = experts.one(index, x.dtype)
+
+        def one_tile(first, carry):
+            dx, dweights, dexpert = carry
+            tile_dy = _cut(rows_dy, first, pairs.tile)
+            y, pull = jax.vjp(
+                functools.partial(_through_one, static), _cut(rows, first, pairs.tile), expert
+            )
+            own = first + jnp.arange(pairs.tile) < pairs.starts[index + 1]
+            share = jnp.where(own, _cut(row_weights, first, pairs.tile), 0.0)
+            tile_dx, tile_dexpert = pull(tile_dy * share[:, None])
+            dexpert = jax.tree.map(
+                lambda total, part: total + part.astype(jnp.float32),
+                dexpert,
+                _trainable(tile_dexpert, experts),
+            )
+            dx = _paste(dx, tile_dx.astype(jnp.float32), first)
+            return dx, _paste(dweights, (y * tile_dy).sum(axis=-1), first), dexpert
+
+        nothing = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, jnp.float32), _trainable(expert, experts)
+        )
+        dx, dweights, dexpert = _for_each_tile(pairs, index, one_tile, (*carry, nothing))
+        return (dx, dweights), dexpert
+
+    carry = (jnp.zeros(rows.shape, jnp.float32), jnp.zeros(row_weights.shape, jnp.float32))
+    (dx, dweights), dexperts = jax.lax.scan(visit, carry, jnp.arange(pairs.starts.size - 1))
+    dx = pairs.put_back(dx).reshape(*ids.shape, -1).sum(axis=1)
+    dweights = pairs.put_back(dweights).reshape(ids.shape)
+    dexperts = Experts(*map(_cotangent, experts, dexperts))
+    return dx.astype(x.dtype), _cotangent(ids, None), dweights, dexperts
+
+
+def _trainable(of_one: Experts, experts: Experts) -> Experts:
+    """Drop what belongs to packed weights: bytes have no gradient."""
+    pairs = zip(of_one, experts, strict=True)
+    return Experts(*(None if isinstance(all_, Mxfp4) else one for one, all_ in pairs))
+
+
+def _cotangent(primal, gradient):
+    """The gradient in the primal's dtype, or JAX's empty float0 for integers."""
+    if gradient is not None:
+        return gradient.astype(primal.dtype)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), primal)
+
+
+_combined.defvjp(_forward, _backward)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention layer: project, rotate, attend to the cache or to the sequence, project back.
+
+The softmax with its sink is `kernels/sink_attention`. Weights keep the published orientation,
+outputs first, so loading and saving them are reshapes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels.sink_attention import sink_attention
+from gptoss_jax.model.cache import LayerCache, extend_layer
+from gptoss_jax.model.rope import rotate
+from gptoss_jax.shapes import Array, Hidden
+
+
+class Place(NamedTuple):
+    """Where the tokens of one call stand: made once by the transformer, read by every layer."""
+
+    positions: Int[jax.Array, "B T"]  # -1 is padding
+    cos: Float[jax.Array, "B T pairs"]
+    sin: Float[jax.Array, "B T pairs"]
+    segments: Int[jax.Array, "B T"] | None = None  # packed training rows
+    lengths: Int[jax.Array, " B"] | None = None  # tokens already in the cache
+
+
+class Heads(nnx.Module):
+    """A linear layer from the model width to heads; `num_heads` is N or K."""
+
+    def __init__(self, config: ModelConfig, num_heads: int, *, dtype, rngs: nnx.Rngs):
+        shape = (num_heads, config.head_dim, config.embed_dim)
+        init = nnx.initializers.normal(config.embed_dim**-0.5)
+        self.kernel = nnx.Param(init(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[:2], dtype))
+
+    def __call__(self, x: Hidden) -> Float[Array, "B T N H"]:
+        return jnp.einsum("BTD,NHD->BTNH", x, self.kernel[...]) + self.bias[...][None, None]
+
+
+class HeadsOut(nnx.Module):
+    """A linear layer from heads back to the model width."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        shape = (config.embed_dim, config.num_heads, config.head_dim)
+        width = config.num_heads * config.head_dim
+        init = nnx.initializers.normal(width**-0.5)
+        self.kernel = nnx.Param(init(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros((config.embed_dim,), dtype))
+
+    def __call__(self, heads: Float[Array, "B T N H"]) -> Hidden:
+        return jnp.einsum("BTNH,DNH->BTD", heads, self.kernel[...]) + self.bias[...][None, None]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with a learned sink per query head; a window in even layers."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype, rngs: nnx.Rngs):
+        self.window = config.window(layer)
+        self.q = Heads(config, config.num_heads, dtype=dtype, rngs=rngs)
+        self.k = Heads(config, config.num_kv_heads, dtype=dtype, rngs=rngs)
+        self.v = Heads(config, config.num_kv_heads, dtype=dtype, rngs=rngs)
+        self.out = HeadsOut(config, dtype=dtype, rngs=rngs)
+        self.sinks = nnx.Param(jnp.zeros((config.num_heads,), dtype))
+
+    def __call__(self, x: Hidden, place: Place) -> Hidden:
+        """Attention within the sequence itself, as in training and evaluation."""
+        q, k, v = self._project(x, place)
+        out = sink_attention(
+            q,
+            k,
+            v,
+            self.sinks[...],
+            q_positions=place.positions,
+            k_positions=place.positions,
+            q_segments=place.segments,
+            k_segments=place.segments,
+            window=self.window,
+        )
+        return self.out(out)
+
+    def extend(self, x: Hidden, place: Place, cache: LayerCache) -> tuple[Hidden, LayerCache]:
+        """Attention to the cache and the new tokens, which join it."""
+        q, k, v = self._project(x, place)
+        kept, seen, k_positions = extend_layer(
+            cache, k, v, positions=place.positions, lengths=place.lengths, window=self.window
+        )
+        out = sink_attention(
+            q,
+            seen.keys,
+            seen.values,
+            self.sinks[...],
+            q_positions=place.positions,
+            k_positions=k_positions,
+            window=self.window,
+        )
+        return self.out(out), kept
+
+    def _project(self, x: Hidden, place: Place):
+        q = rotate(self.q(x), place.cos, place.sin)
+        k = rotate(self.k(x), place.cos, place.sin)
+        return q, k, self.v(x)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpt-oss, whole. Read this file first, then attention.py and moe.py beside it.
+
+A token becomes a vector; every layer adds what its attention and its experts make of the
+normalised vector; the last vector is compared with every word of the vocabulary.
+
+    x = embed[tokens]
+    for block in blocks:                      # even layers see a window, odd ones everything
+        x = x + attention(norm(x))            # sinks, grouped heads, YaRN rotary positions
+        x = x + experts(norm(x))              # 4 experts a token, clamped SwiGLU
+    logits = unembed @ norm(x)
+
+Knows nothing of checkpoints, sampling or training: it is given its weights.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.attention import Attention, Place
+from gptoss_jax.model.cache import Cache, LayerCache, new_positions
+from gptoss_jax.model.moe import MoE
+from gptoss_jax.model.rope import rotary_angles
+from gptoss_jax.shapes import Array, Hidden, Logits, Positions, Tokens
+
+
+class RMSNorm(nnx.Module):
+    """Divide by the root mean square, in float32; the scale is applied before casting back."""
+
+    def __init__(self, config: ModelConfig, *, dtype):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones((config.embed_dim,), dtype))
+
+    def __call__(self, x: Hidden) -> Hidden:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One layer: attention, then experts, each on a normalised copy and added back."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, packed: bool, dtype, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config, dtype=dtype)
+        self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.moe_norm = RMSNorm(config, dtype=dtype)
+        self.moe = MoE(config, packed=packed, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Hidden, place: Place) -> Hidden:
+        x = x + self.attn(self.attn_norm(x), place)
+        return x + self.moe(self.moe_norm(x))
+
+    def extend(self, x: Hidden, place: Place, cache: LayerCache) -> tuple[Hidden, LayerCache]:
+        attended, cache = self.attn.extend(self.attn_norm(x), place, cache)
+        x = x + attended
+        return x + self.moe(self.moe_norm(x)), cache
+
+
+class Transformer(nnx.Module):
+    """The model. Made here it has random weights; `gptoss_jax.load` fills in published ones.
+
+    `dtype` is that of every parameter and of the residual stream: bfloat16 or float32 (float16
+    overflows in the 120b model). `experts` is "packed" (MXFP4 bytes) or "bf16" (plain arrays).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        experts: str = "packed",
+    ):
+        if experts not in ("packed", "bf16"):
+            raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
+        if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+            raise ValueError(
+                f"dtype: expected bfloat16 or float32, got {jnp.dtype(dtype)}; float16 cannot hold "
+                "gpt-oss activations"
+            )
+        self.config = config
+        self.origin: str | None = None  # the folder the weights came from
+        init = nnx.initializers.normal(config.embed_dim**-0.5)
+        shape = (config.vocab_size, config.embed_dim)
+        self.embed = nnx.Param(init(rngs.params(), shape, dtype))
+        self.blocks = nnx.List(
+            Block(config, layer, packed=experts == "packed", dtype=dtype, rngs=rngs)
+            for layer in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(config, dtype=dtype)
+        self.unembed = nnx.Param(init(rngs.params(), shape, dtype))
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: Positions | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Logits:
+        """float32 logits of every position of whole sequences.
+
+        `positions` count from 0 in each row by default; -1 marks padding. `segments` keep the
+        documents of a packed row apart (give their positions too).
+        """
+        return self.logits(self.hidden(tokens, positions, segments))
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        positions: Positions | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Hidden:
+        """What `__call__` turns into logits: the last layer's output, normalised."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        cos, sin = self._angles(positions)
+        place = Place(positions, cos, sin, segments=segments)
+        x = self.embed[...][tokens]
+        for block in self.blocks:
+            x = block(x, place)
+        return self.final_norm(x)
+
+    def extend(
+        self, tokens: Tokens, counts: Int[Array, " B"], cache: Cache
+    ) -> tuple[Hidden, Cache]:
+        """Run new tokens after those in the cache: the same hidden states as the whole sequence.
+
+        Row b's first `counts[b]` tokens are real, the rest is padding.
+        """
+        positions = new_positions(cache.lengths, counts, tokens.shape[1])
+        cos, sin = self._angles(positions)
+        place = Place(positions, cos, sin, lengths=cache.lengths)
+        x = self.embed[...][tokens]
+        layers = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x, layer = block.extend(x, place, layer)
+            layers.append(layer)
+        return self.final_norm(x), Cache(tuple(layers), cache.lengths + counts)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Compare hidden states with every row of the unembedding, in float32."""
+        return jnp.einsum(
+            "BTD,VD->BTV", hidden, self.unembed[...], preferred_element_type=jnp.float32
+        )
+
+    def _angles(self, positions: Positions) -> tuple[Float[Array, "B T pairs"], ...]:
+        return rotary_angles(positions, self.config.rope, self.config.head_dim)

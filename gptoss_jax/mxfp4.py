@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MXFP4, the number format of the published expert weights, kept as published.
+
+32 consecutive values along the last axis share one scale byte s; each value is a 4-bit E2M1 code,
+two to a byte, low nibble first: value = E2M1[code] * 2^(s - 127). Unpacking to bfloat16 or float32
+is exact. This file knows the bytes and nothing of experts, files or kernels.
+Source: OCP Microscaling Formats 1.0, section 5.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+BLOCK = 32  # values that share a scale
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; codes 8..15 are their negatives
+
+
+@nnx.dataclass
+class Mxfp4(nnx.Pytree):
+    """A tensor `[..., 32 * C]` as the published bytes.
+
+    Leading axes are free, so a slice of the tensor is a slice of both members. The byte order
+    inside `blocks` is the published one; scale bytes 0 and 255 mean 2^-127 and NaN.
+    """
+
+    blocks: UInt8[jax.Array, "... C 16"] = nnx.data()
+    scales: UInt8[jax.Array, "... C"] = nnx.data()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor the bytes stand for."""
+        *lead, num_blocks = self.scales.shape
+        return (*lead, num_blocks * BLOCK)
+
+    def __getitem__(self, index) -> "Mxfp4":
+        """Index or slice leading axes; the packed axis stays whole."""
+        return jax.tree.map(lambda member: member[index], self)
+
+
+def check_mxfp4(name: str, blocks_shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> None:
+    """Raise ValueError where blocks and scales cannot belong to one tensor."""
+    if blocks_shape != (*scales_shape, BLOCK // 2):
+        raise ValueError(
+            f"{name}: expected blocks [..., C, 16] and scales [..., C], got blocks "
+            f"{list(blocks_shape)} and scales {list(scales_shape)}; are they of one tensor?"
+        )
+
+
+def exponent_of_two(scales: UInt8[jax.Array, "..."]) -> Float[jax.Array, "..."]:
+    """2^(s - 127) in float32, put together from bits because `exp2` is inexact on accelerators.
+
+    Byte 0 gives the subnormal 2^-127 and byte 255 gives NaN, as the format says.
+    """
+    bits = scales.astype(jnp.uint32) << 23
+    bits = jnp.where(scales == 0, jnp.uint32(0x00400000), bits)
+    bits = jnp.where(scales == 255, jnp.uint32(0x7FC00000), bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def unpack(packed: Mxfp4, dtype=jnp.bfloat16) -> Float[jax.Array, "... X"]:
+    """The values, exact for bfloat16 and float32 except that a value below the smallest normal
+    number (scale bytes 0 and 1) may be flushed to zero by the hardware."""
+    table = jnp.asarray(E2M1 + tuple(-value for value in E2M1), jnp.float32)
+    low, high = packed.blocks & 0xF, packed.blocks >> 4
+    codes = jnp.stack([low, high], axis=-1).reshape(*packed.scales.shape, BLOCK)
+    values = table[codes.astype(jnp.int32)] * exponent_of_two(packed.scales)[..., None]
+    return values.reshape(packed.shape).astype(dtype)
+
+
+def pack(values: Float[np.ndarray | jax.Array, "... X"]) -> Mxfp4:
+    """Round values to MXFP4, on the host.
+
+    The scale of a block is the smallest power of two that brings its largest magnitude to 6 or
+    less, so nothing is clipped and values that already are MXFP4 come back unchanged (their
+    scale bytes may not). Ties round to the even code.
+    """
+    array = np.asarray(values, np.float32)
+    if array.shape[-1] % BLOCK:
+        raise ValueError(
+            f"values: expected a last axis that is a multiple of {BLOCK}, got {list(array.shape)}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError("values: expected finite numbers, got NaN or infinity")
+    grouped = array.reshape(*array.shape[:-1], -1, BLOCK)
+    peak = np.abs(grouped).max(axis=-1)
+    mantissa, exponent = np.frexp(peak)  # peak = mantissa * 2^exponent, mantissa in [0.5, 1)
+    # 6 = 0.75 * 2^3, so a peak up to 0.75 * 2^e needs the scale 2^(e - 3), above that 2^(e - 2).
+    scales = np.where(mantissa <= 0.75, exponent - 3, exponent - 2) + 127
+    scales = np.where(peak == 0, 127, np.clip(scales, 0, 254))
+    scaled = np.ldexp(np.abs(grouped), 127 - scales[..., None])
+    codes = _nearest_code(scaled) | (np.signbit(grouped).astype(np.uint8) << 3)
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return Mxfp4(jnp.asarray(blocks), jnp.asarray(scales.astype(np.uint8)))
+
+
+def _nearest_code(magnitudes: np.ndarray) -> np.ndarray:
+    """The code 0..7 nearest to each magnitude; half-way cases go to the even code."""
+    midpoints = np.asarray([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)], np.float32)
+    below = np.searchsorted(midpoints, magnitudes, side="left")
+    above = np.searchsorted(midpoints, magnitudes, side="right")
+    return np.where(below % 2 == 0, below, above).astype(np.uint8)

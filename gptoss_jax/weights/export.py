@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model -> a checkpoint folder in a Hugging Face layout, piece by piece.
+
+The names, shapes and steps are those of names.py, backwards. Files are written under temporary names
+and get their own at the end, so a folder with a config.json in it is a finished one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.weights.checkpoint import INDEX, pieces
+from gptoss_jax.weights.load import pack_rows, parameter_dtype, unpack_rows
+from gptoss_jax.weights.names import Entry, entries
+from gptoss_jax.weights.progress import Progress
+from gptoss_jax.weights.safetensors_file import CheckpointError, Spec, Writer
+from gptoss_jax.weights.tree import arrays_of, is_packed, rows_of
+
+# Text files that belong to a model and not to its weights: taken along from where it was loaded.
+COMPANIONS = (
+    "gptoss_jax_tokenizer.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+GENERATION = {  # as published: startoftext; endoftext; return, endoftext, call
+    "bos_token_id": 199998,
+    "do_sample": True,
+    "eos_token_id": [200002, 199999, 200012],
+    "pad_token_id": 199999,
+}
+PUBLISHED_VOCABULARY = 201088
+PARTIAL = ".partial"
+
+
+def export(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    experts: str = "packed",
+    dtype: Any = "bfloat16",
+    requantize: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    generation: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Write a model into a new or empty folder, and return that folder.
+
+    `experts="packed"` writes `_blocks` and `_scales` as published; plain experts that MXFP4 cannot
+    hold exactly are refused unless `requantize` allows rounding them. `experts="bf16"` writes the
+    transposed plain arrays. Everything that is not packed is written as `dtype`: "bfloat16", as
+    published and what other loaders expect (rounds float32 parameters), or "float32".
+    `generation` is the content of generation_config.json; without it the model's own is copied.
+    """
+    if experts not in ("packed", "bf16"):
+        raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
+    kind, arrays = parameter_dtype(dtype), arrays_of(model)
+    table = entries(model.config, "hf" if experts == "packed" else "bf16")
+    _check_arrays(model, arrays)
+    specs = {e.key: Spec(np.dtype(np.uint8) if e.published.is_bytes else kind, e.published.shape)
+             for e in table}  # fmt: skip
+    folder = Path(folder)
+    texts = _texts(model, specs, experts, generation)
+    with _NewFolder(folder) as new, _Shards(new, specs, max_shard_bytes) as shards:
+        with Progress("writing", sum(spec.num_bytes for spec in specs.values()), progress) as bar:
+            for entry, first_row, rows in _converted(arrays, table, kind, requantize):
+                shards.write(entry.key, first_row, rows)
+                bar.advance(rows.nbytes)
+        texts |= shards.index()
+        for name, text in texts.items():
+            new.file(name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _check_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> None:
+    layout = "hf" if is_packed(model) else "bf16"
+    expected = {entry.name: entry.shape for entry in entries(model.config, layout)}
+    problems = [f"{name}: missing" for name in expected if name not in arrays]
+    problems += [
+        f"{name}: unknown, got {list(array.shape)}"
+        if name not in expected
+        else f"{name}: expected {list(expected[name])}, got {list(array.shape)}"
+        for name, array in arrays.items()
+        if tuple(array.shape) != expected.get(name)
+    ]
+    if problems:
+        raise ValueError(
+            "model: expected the parameters of its config and nothing else, got\n  "
+            + "\n  ".join(problems)
+            + "\nmerge adapters into the weights first"
+        )
+
+
+def _converted(
+    arrays: Mapping[str, jax.Array], table: tuple[Entry, ...], kind: np.dtype, rounding: bool
+) -> Iterator[tuple[Entry, int, np.ndarray]]:
+    """Every array of the model in pieces, as rows on disk: what, where they begin, the rows."""
+    by_name = {entry.name: entry for entry in table}
+    for name, array in arrays.items():
+        if name.endswith(".scales"):
+            continue  # goes with its blocks
+        for start, stop in pieces(array.shape, array.dtype.itemsize):
+            for target, rows in _rows_for(by_name, arrays, name, start, stop, rounding).items():
+                entry = by_name[target]
+                if not entry.published.is_bytes:
+                    rows = rows.astype(kind)
+                yield entry, entry.rows_on_disk(start, stop)[0], entry.to_disk(rows)
+
+
+def _rows_for(
+    by_name: Mapping[str, Entry], arrays: Mapping[str, jax.Array], name: str, start, stop, rounding
+) -> dict[str, np.ndarray]:
+    """Rows of one array of the model, converted if the table wants its experts in another form."""
+    rows = rows_of(arrays[name], start, stop)
+    stem = name.removesuffix(".blocks")
+    if name == stem and name in by_name:
+        return {name: rows}
+    if name == stem:
+        blocks, scales = _packed(name, rows, rounding)
+    else:
+        blocks, scales = rows, rows_of(arrays[f"{stem}.scales"], start, stop)
+    if stem in by_name:
+        return {stem: unpack_rows(blocks, scales)}
+    return {f"{stem}.blocks": blocks, f"{stem}.scales": scales}
+
+
+def _packed(name: str, rows: np.ndarray, rounding: bool) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return pack_rows(name, rows, rounding=rounding)
+    except CheckpointError as error:
+        hint = "" if rounding else "; export with requantize=True to round, or experts='bf16'"
+        raise CheckpointError(f"{error}{hint}") from None
+
+
+class _NewFolder:
+    """A folder whose files appear together at the end of a `with`, or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._names, self._made = folder, [], not folder.exists()
+
+    def __enter__(self) -> "_NewFolder":
+        if not self._made and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(
+                f"folder: expected a new or empty folder, got {str(self.folder)!r}, which has "
+                "something in it; nothing was written, choose another"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def file(self, name: str) -> Path:
+        """Where to write what will be called `name`."""
+        self._names.append(name)
+        return self.folder / (name + PARTIAL)
+
+    def __exit__(self, kind, *_) -> None:
+        for name in self._names:
+            partial = self.folder / (name + PARTIAL)
+            if kind is None:
+                partial.rename(self.folder / name)
+            else:
+                partial.unlink(missing_ok=True)
+        if kind is not None and self._made:
+            self.folder.rmdir()
+
+
+class _Shards:
+    """The tensors spread over files of at most `max_bytes` each, in the order of the table."""
+
+    def __init__(self, new: _NewFolder, specs: Mapping[str, Spec], max_bytes: int):
+        groups: list[dict[str, Spec]] = [{}]
+        room = max_bytes
+        for key, spec in specs.items():
+            if groups[-1] and spec.num_bytes > room:
+                groups.append({})
+                room = max_bytes
+            groups[-1][key] = spec
+            room -= spec.num_bytes
+        self._specs, count = specs, len(groups)
+        self._writers: dict[str, Writer] = {}
+        for number, group in enumerate(groups, 1):
+            name = f"model-{number:05d}-of-{count:05d}.safetensors"
+            name = name if count > 1 else "model.safetensors"
+            self._writers[name] = Writer(new.file(name), group)
+        self._by_key = {key: w for w in self._writers.values() for key in w.specs}
+
+    def write(self, key: str, first_row: int, rows: np.ndarray) -> None:
+        self._by_key[key].write(key, first_row, rows)
+
+    def index(self) -> dict[str, str]:
+        """The index file and its text, if one is needed."""
+        if len(self._writers) == 1:
+            return {}
+        total = sum(spec.num_bytes for spec in self._specs.values())
+        places = {key: name for name, writer in self._writers.items() for key in writer.specs}
+        return {INDEX: _json({"metadata": {"total_size": total}, "weight_map": places})}
+
+    def __enter__(self) -> "_Shards":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(*error)
+
+
+def _texts(
+    model: Transformer,
+    specs: Mapping[str, Spec],
+    experts: str,
+    generation: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """The text files: the config, and what goes along."""
+    texts = {}
+    for name in COMPANIONS:
+        file = Path(model.origin) / name if model.origin else None
+        if file and file.is_file():
+            texts[name] = file.read_text(encoding="utf-8")
+    published = GENERATION if model.config.vocab_size == PUBLISHED_VOCABULARY else {}
+    if generation is not None or "generation_config.json" not in texts:
+        texts["generation_config.json"] = _json(published if generation is None else generation)
+    texts["config.json"] = _json(model.config.to_hf(packed_experts=experts == "packed"))
+    return texts  # config.json is the last: a folder that has it is finished
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
