@@ -7,6 +7,8 @@ is exact. This file knows the bytes and nothing of experts, files or kernels.
 Source: OCP Microscaling Formats 1.0, section 5.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,35 +71,34 @@ def unpack(packed: Mxfp4, dtype=jnp.bfloat16) -> Float[jax.Array, "... X"]:
     return values.reshape(packed.shape).astype(dtype)
 
 
-def pack(values: Float[np.ndarray | jax.Array, "... X"]) -> Mxfp4:
-    """Round values to MXFP4, on the host.
+def pack(values: Float[jax.Array | np.ndarray, "... X"]) -> Mxfp4:
+    """Round values to MXFP4; jittable.
 
     The scale of a block is the smallest power of two that brings its largest magnitude to 6 or
     less, so nothing is clipped and values that already are MXFP4 come back unchanged (their
-    scale bytes may not). Ties round to the even code.
+    scale bytes may not). Ties round to the even code. Values must be finite.
     """
-    array = np.asarray(values, np.float32)
-    if array.shape[-1] % BLOCK:
+    if values.shape[-1] % BLOCK:
         raise ValueError(
-            f"values: expected a last axis that is a multiple of {BLOCK}, got {list(array.shape)}"
+            f"values: expected a last axis that is a multiple of {BLOCK}, got {list(values.shape)}"
         )
-    if not np.isfinite(array).all():
-        raise ValueError("values: expected finite numbers, got NaN or infinity")
-    grouped = array.reshape(*array.shape[:-1], -1, BLOCK)
-    peak = np.abs(grouped).max(axis=-1)
-    mantissa, exponent = np.frexp(peak)  # peak = mantissa * 2^exponent, mantissa in [0.5, 1)
+    grouped = jnp.asarray(values, jnp.float32).reshape(*values.shape[:-1], -1, BLOCK)
+    peak = jnp.abs(grouped).max(axis=-1)
+    mantissa, exponent = jnp.frexp(peak)  # peak = mantissa * 2^exponent, mantissa in [0.5, 1)
     # 6 = 0.75 * 2^3, so a peak up to 0.75 * 2^e needs the scale 2^(e - 3), above that 2^(e - 2).
-    scales = np.where(mantissa <= 0.75, exponent - 3, exponent - 2) + 127
-    scales = np.where(peak == 0, 127, np.clip(scales, 0, 254))
-    scaled = np.ldexp(np.abs(grouped), 127 - scales[..., None])
-    codes = _nearest_code(scaled) | (np.signbit(grouped).astype(np.uint8) << 3)
-    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return Mxfp4(jnp.asarray(blocks), jnp.asarray(scales.astype(np.uint8)))
+    scales = jnp.where(mantissa <= 0.75, exponent - 3, exponent - 2) + 127
+    scales = jnp.where(peak == 0, 127, jnp.clip(scales, 0, 254)).astype(jnp.uint8)
+    # Dividing by a power of two is exact; 254 - s is the scale byte of its reciprocal.
+    scaled = jnp.abs(grouped) * exponent_of_two(254 - scales)[..., None]
+    codes = _nearest_code(scaled) | (jnp.signbit(grouped).astype(jnp.uint8) << 3)
+    return Mxfp4(codes[..., 0::2] | (codes[..., 1::2] << 4), scales)
 
 
-def _nearest_code(magnitudes: np.ndarray) -> np.ndarray:
+def _nearest_code(magnitudes: Float[jax.Array, "..."]) -> UInt8[jax.Array, "..."]:
     """The code 0..7 nearest to each magnitude; half-way cases go to the even code."""
-    midpoints = np.asarray([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)], np.float32)
-    below = np.searchsorted(midpoints, magnitudes, side="left")
-    above = np.searchsorted(midpoints, magnitudes, side="right")
-    return np.where(below % 2 == 0, below, above).astype(np.uint8)
+    code = jnp.zeros(magnitudes.shape, jnp.uint8)
+    for lower, (a, b) in enumerate(itertools.pairwise(E2M1)):
+        middle = (a + b) / 2
+        up = magnitudes > middle if lower % 2 == 0 else magnitudes >= middle
+        code += up.astype(jnp.uint8)
+    return code

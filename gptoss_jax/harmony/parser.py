@@ -56,7 +56,7 @@ class HarmonyParser:
                 "that the prompt ended with"
             )
         self._tokenizer = tokenizer
-        self._events: list[Event] = []
+        self._events: list[Event] = []  # of the current call
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Inside a header there are sections, inside a message a header, between them neither.
         self._sections: list[Section] = []
@@ -81,6 +81,7 @@ class HarmonyParser:
         """The events that `token` completes."""
         if self._finished:
             raise ValueError("token: expected none after finish(), got one; make a new parser")
+        self._events = []
         token = index(token)
         special = self._tokenizer.special_text(token)
         if special is None:
@@ -88,21 +89,18 @@ class HarmonyParser:
         else:
             self._flush_characters()
             self._on_special.get(special, self._on_stray)(special)
-        return self._take_events()
+        return self._events
 
     def finish(self) -> list[Event]:
         """The events that the end of the tokens completes."""
+        self._events = []
         self._flush_characters()
         if self._header is not None:
             self._end_message(self._header, "cut")
         elif self._sections:
             self._cut_header()
         self._finished = True
-        return self._take_events()
-
-    def _take_events(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+        return self._events
 
     def _recover(self, kind: str, text: str = "") -> None:
         self._events.append(Recovery(kind, text))

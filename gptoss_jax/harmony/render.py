@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages -> token ids, through the Harmony library.
+"""Messages -> token ids; headers, system and developer messages come from the Harmony library.
 
 The system message is built from settings; a leading system or developer text becomes the developer
 message, which also shows the tools. A function call's recipient stands behind the channel, as the
@@ -33,15 +33,9 @@ def render_prompt(
     of earlier turns is left out: "strict" all before the last answer, "library" what the library
     drops (before the first answer, and only if the last assistant message is one), "keep" none.
     """
-    conversation = _conversation(messages, settings, instructions, tools, drop_analysis)
-    library = harmony_library()
-    ids = _rendered(
-        library_encoding().render_conversation_for_completion,
-        conversation,
-        library.Role.ASSISTANT,
-        library.RenderConversationConfig(auto_drop_analysis=drop_analysis == "library"),
-    )
-    return tokenizer.from_library(ids)
+    messages = _checked(messages, drop_analysis)
+    ids = _conversation_ids(messages, tokenizer, settings, instructions, tools)
+    return [*ids, tokenizer.specials["<|start|>"], *tokenizer.encode("assistant")]
 
 
 def render_training(
@@ -57,14 +51,11 @@ def render_training(
 
     "strict" keeps the reasoning of the last turn, so that it can be learnt; "library" drops it.
     """
-    conversation = _conversation(messages, settings, instructions, tools, drop_analysis)
-    library = harmony_library()
-    ids = _rendered(
-        library_encoding().render_conversation_for_training,
-        conversation,
-        library.RenderConversationConfig(auto_drop_analysis=drop_analysis == "library"),
-    )
-    return tokenizer.from_library(ids)
+    messages = _checked(messages, drop_analysis)
+    ids = _conversation_ids(messages, tokenizer, settings, instructions, tools)
+    if messages and (messages[-1].role, messages[-1].channel) == ("assistant", "final"):
+        ids[-1] = tokenizer.specials["<|return|>"]
+    return ids
 
 
 def drop_past_analysis(messages: Sequence[Message]) -> list[Message]:
@@ -73,37 +64,72 @@ def drop_past_analysis(messages: Sequence[Message]) -> list[Message]:
     A turn ends with an answer; an answer that ends the list closes the last turn, not one before.
     """
     answers = [index for index, message in enumerate(messages[:-1]) if message.is_answer]
-    last_answer = answers[-1] if answers else 0
-    return [
-        message
-        for index, message in enumerate(messages)
-        if index >= last_answer or message.channel != "analysis"
-    ]
+    return _drop_analysis_before(answers[-1] if answers else 0, messages)
 
 
-def _conversation(
+def _drop_as_library(messages: Sequence[Message]) -> list[Message]:
+    assistants = [message for message in messages if message.role == "assistant"]
+    if not assistants or assistants[-1].channel != "final":
+        return list(messages)
+    first_final = [message.channel for message in messages].index("final")
+    return _drop_analysis_before(first_final, messages)
+
+
+def _drop_analysis_before(end: int, messages: Sequence[Message]) -> list[Message]:
+    kept = [message for message in messages[:end] if message.channel != "analysis"]
+    return [*kept, *messages[end:]]
+
+
+def _checked(messages: Sequence[Message], drop_analysis: str) -> list[Message]:
+    _check_messages(messages)
+    if drop_analysis == "strict":
+        return drop_past_analysis(messages)
+    if drop_analysis == "library":
+        return _drop_as_library(messages)
+    if drop_analysis == "keep":
+        return list(messages)
+    raise ValueError(
+        f'drop_analysis: expected "strict", "library" or "keep", got {drop_analysis!r}; choose one'
+    )
+
+
+def _conversation_ids(
     messages: Sequence[Message],
+    tokenizer: Tokenizer,
     settings: SystemSettings | None,
     instructions: str | None,
     tools: Sequence[FunctionTool],
-    drop_analysis: str,
-) -> Any:
-    """The library's conversation: system message, developer message with tools, the rest."""
-    if drop_analysis not in ("strict", "library", "keep"):
-        raise ValueError(
-            f'drop_analysis: expected "strict", "library" or "keep", got {drop_analysis!r}; '
-            "choose one"
-        )
-    _check_messages(messages)
-    messages = drop_past_analysis(messages) if drop_analysis == "strict" else list(messages)
+) -> list[int]:
+    """System message, developer message with instructions and tools, then the rest in place."""
     if instructions is None and messages and messages[0].role in ("system", "developer"):
-        instructions = messages[0].content
-        messages = messages[1:]
-    head = [_system_message(settings or SystemSettings())]
+        instructions, messages = messages[0].content, messages[1:]
+    system = _system_message(settings or SystemSettings())
+    ids = tokenizer.from_library(_rendered(system, has_functions=bool(tools)))
     if instructions is not None or tools:
-        head.append(_developer_message(instructions, tools))
-    body = [_library_message(message) for message in messages]
-    return harmony_library().Conversation.from_messages(head + body)
+        ids += tokenizer.from_library(_rendered(_developer_message(instructions, tools)))
+    for message in messages:
+        ids += _message_ids(message, tokenizer)
+    return ids
+
+
+def _message_ids(message: Message, tokenizer: Tokenizer) -> list[int]:
+    """Ids of one message.
+
+    The library renders it without its text, which tiktoken then encodes into its place: the
+    library's own encoder takes minutes for some hundred thousand letters without a space.
+    """
+    if message.role in ("system", "developer"):
+        return tokenizer.from_library(_rendered(_developer_message(message.content, ())))
+    library = harmony_library()
+    empty = library.Message(
+        author=library.Author(role=library.Role(message.role), name=_clean(message.name)),
+        content=[library.TextContent(text="")],
+        channel=_clean(message.channel),
+        recipient=_clean(message.recipient),
+        content_type=_clean(message.content_type),
+    )
+    *header, terminator = tokenizer.from_library(_rendered(empty))
+    return [*header, *tokenizer.encode(message.content, specials="text"), terminator]
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
@@ -145,26 +171,15 @@ def _developer_message(instructions: str | None, tools: Sequence[FunctionTool]) 
     return library.Message.from_role_and_content(library.Role.DEVELOPER, content)
 
 
-def _library_message(message: Message) -> Any:
+def _rendered(message: Any, has_functions: bool = False) -> list[int]:
     library = harmony_library()
-    if message.role in ("system", "developer"):
-        return _developer_message(message.content, ())
-    return library.Message(
-        author=library.Author(role=library.Role(message.role), name=_clean(message.name)),
-        content=[library.TextContent(text=_clean(message.content))],
-        channel=_clean(message.channel),
-        recipient=_clean(message.recipient),
-        content_type=_clean(message.content_type),
-    )
-
-
-def _rendered(render: Any, *arguments: Any) -> list[int]:
+    options = library.RenderOptions(conversation_has_function_tools=has_functions)
     try:
-        return render(*arguments)
-    except (harmony_library().HarmonyError, ValueError) as error:
+        return library_encoding().render(message, options)
+    except (library.HarmonyError, ValueError) as error:
         raise ValueError(
-            f"messages: expected a conversation that the library renders, got {str(error)!r}; "
-            "simplify the tools or the message it names"
+            f"messages: expected what the library can render, got {str(error)!r}; simplify the "
+            "tools or the message that it names"
         ) from error
 
 

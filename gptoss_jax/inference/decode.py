@@ -72,7 +72,8 @@ class Decoder:
         self.config = model.config
         self.leaves = tuple(leaves)
         self.dtype = model.embed.dtype
-        self._prefill, self._advance = _programs(graph, tree)
+        self._structure = (graph, tree)
+        self._prefill = _prefill_program(graph, tree)
 
     def start(
         self,
@@ -100,8 +101,9 @@ class Decoder:
             state, logprobs = self._prefill(
                 self.leaves, state, logprobs, request, tokens, counts, steps
             )
-        run = Run(self, state, request, steps, len(prompts))
-        return run, np.asarray(state.tokens)[: len(prompts)], np.asarray(logprobs)[: len(prompts)]
+        tokens, logprobs, done = jax.device_get((state.tokens, logprobs, state.done))
+        run = Run(self, state, request, steps, len(prompts), bool(done.all()))
+        return run, tokens[: len(prompts)], logprobs[: len(prompts)]
 
     @property
     def vocab_size(self) -> int:
@@ -140,33 +142,37 @@ class Decoder:
 
 
 class Run:
-    """Prompts that are being continued. `advance` may be called until `done`."""
+    """Prompts that are being continued. `advance` may be called until `done`.
 
-    def __init__(self, decoder, state: DecodeState, request: Request, steps: Steps, rows: int):
-        self._decoder, self._request, self._steps, self._rows = decoder, request, steps, rows
-        self._state = state
+    Between calls the state is a flat list of leaves: taking its objects apart and putting them
+    together again would cost more than the call itself.
+    """
 
-    @property
-    def done(self) -> bool:
-        return bool(np.asarray(self._state.done).all())
+    def __init__(
+        self, decoder, state: DecodeState, request: Request, steps: Steps, rows: int, done: bool
+    ):
+        self.done = done
+        self._weights, self._steps, self._rows = decoder.leaves, steps, rows
+        self._state, state_tree = jax.tree.flatten(state)
+        self._request, request_tree = jax.tree.flatten(request)
+        self._advance = _advance_program(*decoder._structure, state_tree, request_tree)
 
     def advance(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Up to `num_tokens` more tokens in one dispatch.
 
         Returns ids and log-probabilities, both `[rows, num_tokens]`; -1 where a row had ended.
         """
-        self._state, tokens, logprobs = self._decoder._advance(
-            self._decoder.leaves, self._state, self._request, num_tokens, self._steps
+        self._state, news = self._advance(
+            self._weights, self._state, self._request, num_tokens, self._steps
         )
-        return np.asarray(tokens)[: self._rows], np.asarray(logprobs)[: self._rows]
+        tokens, logprobs, done = jax.device_get(news)
+        self.done = bool(done)
+        return tokens[: self._rows], logprobs[: self._rows]
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(graph, tree):
-    """Jitted prefill and advance of one model structure, shared by all models that have it."""
-
-    def rebuild(leaves) -> Transformer:
-        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+def _prefill_program(graph, tree):
+    """Jitted prefill of one model structure, shared by all models that have it."""
 
     @functools.partial(jax.jit, static_argnums=(6,), donate_argnums=(1, 2))
     def prefill(leaves, state, logprobs, request, tokens, counts, steps):
@@ -174,7 +180,7 @@ def _programs(graph, tree):
 
         A row whose prompt goes on keeps nothing of that token: the next chunk chooses again.
         """
-        model = rebuild(leaves)
+        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         hidden, cache = model.extend(tokens, counts, state.cache)
         last = hidden[jnp.arange(tokens.shape[0]), jnp.maximum(counts - 1, 0)]
         seen = state.seen and _saw_prompt(state.seen, tokens, counts)
@@ -187,10 +193,19 @@ def _programs(graph, tree):
         state = DecodeState(cache, chosen, first + 1, done, seen)
         return state, jnp.where(here, new_logprobs, logprobs)
 
+    return prefill
+
+
+@functools.lru_cache(maxsize=32)
+def _advance_program(graph, tree, state_tree, request_tree):
+    """Jitted decode loop, on the leaves of the weights, of the state and of the request."""
+
     @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(1,))
     def advance(leaves, state, request, num_tokens, steps):
         """Step until `num_tokens` are written or every row is done."""
-        model = rebuild(leaves)
+        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        state = jax.tree.unflatten(state_tree, state)
+        request = jax.tree.unflatten(request_tree, request)
 
         def unfinished(carry):
             index, state, _, _ = carry
@@ -207,9 +222,9 @@ def _programs(graph, tree):
         start = jnp.zeros((), jnp.int32)
         carry = (start, state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
         _, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, carry)
-        return state, tokens, logprobs
+        return jax.tree.leaves(state), (tokens, logprobs, state.done.all())
 
-    return prefill, advance
+    return advance
 
 
 def _step(

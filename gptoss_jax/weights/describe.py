@@ -42,7 +42,8 @@ def describe(source: ModelConfig | str | Path, *, layout: str = "hf") -> Descrip
         checkpoint = open_checkpoint(source)
         config, layout = checkpoint.config, checkpoint.layout
         itemsizes = {name: checkpoint.dtype(name).itemsize for name in checkpoint.entries}
-    parameters, num_bytes = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
+    parameters: dict[str, int] = dict.fromkeys(GROUPS, 0)
+    num_bytes: dict[str, int] = dict.fromkeys(GROUPS, 0)
     for entry in entries(config, layout):
         group, size = group_of(entry.name), math.prod(entry.shape)
         published = 1 if entry.published.is_bytes else 2

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model -> a checkpoint folder in a Hugging Face layout, piece by piece.
 
-The names, shapes and steps are those of names.py, backwards. Files are written under temporary names
-and get their own at the end, so a folder with a config.json in it is a finished one.
+The names, shapes and steps are those of names.py, backwards. Files are written under temporary
+names and get their own at the end, so a folder with a config.json in it is a finished one.
 """
 
+import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
@@ -76,8 +75,7 @@ def export(
             for entry, first_row, rows in _converted(arrays, table, kind, requantize):
                 shards.write(entry.key, first_row, rows)
                 bar.advance(rows.nbytes)
-        texts |= shards.index()
-        for name, text in texts.items():
+        for name, text in (shards.index() | texts).items():
             new.file(name).write_text(text, encoding="utf-8")
     return folder
 
@@ -113,7 +111,7 @@ def _converted(
             for target, rows in _rows_for(by_name, arrays, name, start, stop, rounding).items():
                 entry = by_name[target]
                 if not entry.published.is_bytes:
-                    rows = rows.astype(kind)
+                    rows = rows.astype(kind, copy=False)
                 yield entry, entry.rows_on_disk(start, stop)[0], entry.to_disk(rows)
 
 
@@ -186,11 +184,12 @@ class _Shards:
             groups[-1][key] = spec
             room -= spec.num_bytes
         self._specs, count = specs, len(groups)
+        self._open = contextlib.ExitStack()
         self._writers: dict[str, Writer] = {}
         for number, group in enumerate(groups, 1):
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
             name = name if count > 1 else "model.safetensors"
-            self._writers[name] = Writer(new.file(name), group)
+            self._writers[name] = self._open.enter_context(Writer(new.file(name), group))
         self._by_key = {key: w for w in self._writers.values() for key in w.specs}
 
     def write(self, key: str, first_row: int, rows: np.ndarray) -> None:
@@ -208,8 +207,7 @@ class _Shards:
         return self
 
     def __exit__(self, *error) -> None:
-        for writer in self._writers.values():
-            writer.__exit__(*error)
+        self._open.__exit__(*error)
 
 
 def _texts(
@@ -227,8 +225,9 @@ def _texts(
     published = GENERATION if model.config.vocab_size == PUBLISHED_VOCABULARY else {}
     if generation is not None or "generation_config.json" not in texts:
         texts["generation_config.json"] = _json(published if generation is None else generation)
-    texts["config.json"] = _json(model.config.to_hf(packed_experts=experts == "packed"))
-    return texts  # config.json is the last: a folder that has it is finished
+    fields = model.config.to_hf(packed_experts=experts == "packed")
+    assert ModelConfig.from_hf(fields) == model.config, "config.json would describe another model"
+    return texts | {"config.json": _json(fields)}  # the last: a folder that has it is finished
 
 
 def _json(fields: Mapping[str, Any]) -> str:

@@ -44,8 +44,11 @@ def fingerprint(source: Transformer | str | Path, *, progress: bool | None = Non
 
     Reads every byte: about a second per GB.
     """
-    lines = _model_lines if isinstance(source, Transformer) else _folder_lines
-    return Fingerprint(tuple(sorted(lines(source, progress))))
+    if isinstance(source, Transformer):
+        lines = _model_lines(source, progress)
+    else:
+        lines = _folder_lines(source, progress)
+    return Fingerprint(tuple(sorted(lines)))
 
 
 def _model_lines(model: Transformer, progress: bool | None) -> Iterator[str]:
@@ -70,6 +73,6 @@ def _folder_lines(path: str | Path, progress: bool | None) -> Iterator[str]:
 def _line(name: str, dtype, shape: tuple[int, ...], pieces: Iterator[np.ndarray], bar) -> str:
     digest = hashlib.sha256()
     for rows in pieces:
-        digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
         bar.advance(rows.nbytes)
     return f"{name} {np.dtype(dtype)} {list(shape)} {digest.hexdigest()}".replace(", ", ",")

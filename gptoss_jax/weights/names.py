@@ -7,6 +7,7 @@ transposed. Every step from disk to model moves bytes and changes none, and has 
 Knows neither files nor modules; checkpoint.py reads with this table, export.py writes with it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -203,6 +204,7 @@ class Entry(NamedTuple):
         return _INVERSES[self.step](rows, (count, *self.published.shape[1:]))
 
 
+@functools.lru_cache(maxsize=16)
 def entries(config: ModelConfig, layout: str) -> tuple[Entry, ...]:
     """Every array of a model of this config in one of LAYOUTS: embed, the blocks, the rest."""
     sizes = axis_sizes(config)
@@ -254,12 +256,13 @@ def _entry(row: _Row, ours: str, theirs: str, layout: str, sizes: dict[str, int]
 
 def _size(term: str, sizes: dict[str, int]) -> int:
     """The value of a term such as `N*H+2*K*H` or `D/32`."""
+    products = [product.split("*") for product in term.split("+")]
+    return sum(math.prod(_factor(factor, sizes) for factor in factors) for factors in products)
 
-    def factor(text: str) -> int:
-        letter, _, divisor = text.partition("/")
-        return (sizes[letter] if letter in sizes else int(letter)) // int(divisor or 1)
 
-    return sum(math.prod(map(factor, product.split("*"))) for product in term.split("+"))
+def _factor(text: str, sizes: dict[str, int]) -> int:
+    letter, _, divisor = text.partition("/")
+    return (sizes[letter] if letter in sizes else int(letter)) // int(divisor or 1)
 
 
 def _spelled(term: str, sizes: dict[str, int]) -> str:

@@ -44,7 +44,7 @@ class Progress:
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
             console=Console(stderr=True),
-            transient=True,
+            transient=sys.stderr.isatty(),
         )
         self._task = self._bar.add_task(self.title, total=self.num_bytes)
         self._bar.start()

@@ -2,12 +2,11 @@
 """One safetensors file: read its header, then rows of its tensors; or write one piece by piece.
 
 A file is eight bytes of header length, a JSON header, and the tensors' bytes without gaps. Rows are
-read with pread, not mapped: mapped pages count as resident memory. Knows nothing of gpt-oss.
+read, not mapped: mapped pages count as resident memory. Knows nothing of gpt-oss.
 """
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -43,7 +42,7 @@ class Tensor(NamedTuple):
     start: int  # first byte, from the beginning of the file
     num_bytes: int
 
-    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "rows *rest"]:
+    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
         """Rows `start` to `stop` of the first axis, in memory of their own."""
         dtype, rest = DTYPES[self.dtype], self.shape[1:]
         row_bytes = math.prod(rest) * dtype.itemsize
@@ -53,13 +52,14 @@ class Tensor(NamedTuple):
 
 
 def _read_exactly(file: Path, offset: int, into: np.ndarray) -> None:
-    view, done = memoryview(into), 0
+    done = 0
     with open(file, "rb", buffering=0) as stream:
-        while done < len(view):
-            count = os.preadv(stream.fileno(), [view[done:]], offset + done)
-            if count == 0:
+        stream.seek(offset)
+        while done < into.size:
+            count = stream.readinto(into[done:].data)
+            if not count:
                 raise CheckpointError(
-                    f"{file}: expected {len(view)} bytes from byte {offset} on, got {done}; "
+                    f"{file}: expected {into.size} bytes from byte {offset} on, got {done}; "
                     "did the file change while it was read?"
                 )
             done += count
@@ -73,9 +73,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(stream.read(header_bytes))
         except ValueError as error:
-            raise _broken(
-                file, f"expected a JSON header of {header_bytes} bytes, {error}"
-            ) from None
+            problem = f"expected a JSON header of {header_bytes} bytes, got {error}"
+            raise _broken(file, problem) from None
     if not isinstance(header, dict):
         raise _broken(file, f"expected a JSON object as header, got {type(header).__name__}")
     header.pop("__metadata__", None)
@@ -93,7 +92,7 @@ def _header_length(file: Path, stream: BinaryIO, size: int) -> int:
             f"{file}: expected a safetensors file, got a Git LFS pointer; run `git lfs pull`"
         )
     if size < 8 or length > size - 8:
-        raise _broken(file, f"expected a header of {length} bytes after the first 8, got {size=}")
+        raise _broken(file, f"expected at least {8 + length} bytes, got {size}")
     return length
 
 
@@ -101,12 +100,11 @@ def _tensor(file: Path, name: str, entry: Any, first: int) -> Tensor:
     try:
         code, shape = str(entry["dtype"]), tuple(entry["shape"])
         start, stop = entry["data_offsets"]
-        numbers = (*shape, start, stop)
-        sane = all(isinstance(n, int) and n >= 0 for n in numbers) and start <= stop
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) or start > stop:
+            raise ValueError(entry)
     except (TypeError, KeyError, ValueError):
-        sane = False
-    if not sane:
-        raise _broken(file, f"{name}: expected dtype, shape and data_offsets, got {entry!r}")
+        problem = f"{name}: expected dtype, shape and data_offsets, got {entry!r}"
+        raise _broken(file, problem) from None
     if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != stop - start:
         raise _broken(
             file,
@@ -122,9 +120,8 @@ def _check_extents(file: Path, tensors: Mapping[str, Tensor], first: int, size: 
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
         if tensor.start != end:
             what = "overlaps the one before" if tensor.start < end else "leaves a gap before it"
-            raise _broken(
-                file, f"{name}: expected to begin at byte {end}, got {tensor.start}: {what}"
-            )
+            problem = f"{name}: expected to begin at byte {end}, got {tensor.start}: {what}"
+            raise _broken(file, problem)
         end = tensor.start + tensor.num_bytes
     if end != size:
         what = "it is cut short" if size < end else "something was added"
@@ -157,7 +154,7 @@ class Writer:
             end += spec.num_bytes
         header = self._header()
         self._first = len(header)
-        self._stream = open(file, "xb", buffering=0)
+        self._stream = open(file, "xb", buffering=0)  # noqa: SIM115 - closed in __exit__
         self._put(0, header)
         self._stream.truncate(self._first + end)
 
@@ -174,19 +171,20 @@ class Writer:
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
         return len(text).to_bytes(8, "little") + text
 
-    def write(self, name: str, first_row: int, rows: Shaped[np.ndarray, "rows *rest"]) -> None:
+    def write(self, name: str, first_row: int, rows: Shaped[np.ndarray, "..."]) -> None:
         """Put `rows` where rows `first_row` and after of the tensor belong."""
         spec = self.specs[name]
         assert rows.dtype == spec.dtype and rows.shape[1:] == spec.shape[1:], (name, rows.shape)
         raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         row_bytes = spec.num_bytes // spec.shape[0]
-        self._put(self._first + self._offsets[name] + first_row * row_bytes, raw)
+        self._put(self._first + self._offsets[name] + first_row * row_bytes, raw.data)
         self._left[name] -= len(raw)
 
-    def _put(self, offset: int, raw: bytes | np.ndarray) -> None:
-        view, done = memoryview(raw), 0
-        while done < len(view):
-            done += os.pwrite(self._stream.fileno(), view[done:], offset + done)
+    def _put(self, offset: int, raw: bytes | memoryview) -> None:
+        self._stream.seek(offset)
+        left = memoryview(raw)
+        while left:
+            left = left[self._stream.write(left) :]
 
     def __enter__(self) -> "Writer":
         return self

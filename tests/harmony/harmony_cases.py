@@ -97,6 +97,8 @@ def by_hand() -> list[Case]:
         Case((Message("system", "One."), Message("developer", "Two."), *one)),
         Case((user("a"), Message("developer", "Later."), *one), instructions="First."),
         Case((user(""), said("final", ""))),
+        Case((Message("user", "q", "final"), said("analysis", "a"), said("final", "b"))),
+        Case((user("q"), said("analysis", "a"), Message("assistant", "b", "final", "r"))),
         Case((user("hi"), said("commentary", "I will look."), said("final", "Done."))),
         Case(
             (
@@ -154,4 +156,4 @@ def _turn(draw: random.Random) -> list[Message]:
     return [*messages, said("final", draw.choice(TEXTS))]
 
 
-CASES = by_hand() + generated(90)
+CASES = by_hand() + generated(80)

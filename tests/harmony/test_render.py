@@ -201,3 +201,11 @@ def test_lone_surrogates_become_replacement_characters(published):
     ids = render_prompt([user("a\ud800b")], tokenizer=published)
 
     assert published.decode(ids).endswith("a\ufffdb<|end|><|start|>assistant")
+
+
+def test_a_very_long_word_renders_at_once(compact):
+    word = "acgt" * 75_000  # the library's own encoder would take a minute
+
+    ids = render_prompt([user(word)], tokenizer=compact, instructions="")
+
+    assert compact.decode(ids).count(word) == 1
