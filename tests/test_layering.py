@@ -15,12 +15,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gptoss_jax"
 
 FLOORS = (
-    ("config", "shapes", "compat"),
+    ("config", "shapes", "compat", "folders"),
     ("mxfp4", "sharding", "harmony"),
     ("kernels", "kernels/sink_attention", "kernels/expert_matmul"),
     ("model",),
     ("weights", "inference", "training", "research"),
-    ("conversation", "serving", "planning", "benchmarking"),
+    ("conversation", "tiny", "serving", "planning", "benchmarking"),
     ("cli", "__init__"),
 )
 # Rooms of one floor do not know each other, except these (importer, imported).
@@ -34,7 +34,7 @@ LEAVES = {"weights/names"}  # import nothing from their own room either
 # Rooms that are not for everyone above them.
 NOT_FOR = {"config": ("kernels",)}  # kernels are given numbers, not a model
 # Text and arrays meet in the training data and from floor 5 on: the engine knows no text.
-ONLY_FOR = {"harmony": ("training/data", *FLOORS[5], *FLOORS[6])}
+ONLY_FOR = {"harmony": ("training/data", "training/sums", *FLOORS[5], *FLOORS[6])}
 # Packages that a room must not import, directly or through another file of ours.
 FORBIDDEN = {
     "config": {"jax", "flax"},

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of a comparison: a random model, a jitted prefill and a jitted greedy decode loop.
-
-The model is split once; compiled functions take flat leaves and a donated cache.
-"""
+"""Our side of a comparison: a random model, and the decoder that users run."""
 
 from collections.abc import Callable
 
@@ -12,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig, RopeConfig
-from gptoss_jax.model.cache import empty_cache
+from gptoss_jax.inference.decode import Decoder
+from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.moe import PackedParam
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import pack
@@ -45,7 +43,20 @@ def mid_size_config() -> ModelConfig:
 
 
 def random_model(config: ModelConfig) -> Transformer:
-    return Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.float32, experts="bf16")
+    """Random float32 weights, by NumPy: quicker than compiling and drawing them in jax."""
+    abstract = nnx.eval_shape(
+        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.float32, experts="bf16")
+    )
+    graph, state = nnx.split(abstract)
+    generator = np.random.default_rng(0)
+
+    def draw(leaf):
+        values = generator.standard_normal(leaf.shape, np.float32)
+        if leaf.ndim == 1:  # norms, sinks
+            return jnp.asarray(1 + 0.1 * values)
+        return jnp.asarray(values * np.float32(leaf.shape[-1] ** -0.5))
+
+    return nnx.merge(graph, jax.tree.map(draw, state))
 
 
 def packed_twin(model: Transformer) -> Transformer:
@@ -58,62 +69,22 @@ def packed_twin(model: Transformer) -> Transformer:
 
 
 class JaxSide:
-    """Compiled prefill and decode of one model."""
+    """Prefill and greedy decoding by the `Decoder` that `generate` and `chat` use."""
 
     def __init__(self, model: Transformer, steps: int):
-        self.config = model.config
+        self.decoder = Decoder(model)
         self.steps = steps
-        graph, state = nnx.split(model)
-        self.leaves, tree = jax.tree.flatten(state)
 
-        def whole(leaves) -> Transformer:
-            return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-
-        def prefill(leaves, prompts, cache):
-            model = whole(leaves)
-            counts = jnp.full((prompts.shape[0],), prompts.shape[1], jnp.int32)
-            hidden, cache = model.extend(prompts, counts, cache)
-            return _greedy(model, hidden[:, -1:]), cache
-
-        def decode(leaves, tokens, cache):
-            model = whole(leaves)
-            counts = jnp.ones((tokens.shape[0],), jnp.int32)
-
-            def step(carry, _):
-                tokens, cache = carry
-                hidden, cache = model.extend(tokens, counts, cache)
-                tokens = _greedy(model, hidden)
-                return (tokens, cache), tokens[:, 0]
-
-            (tokens, cache), chosen = jax.lax.scan(step, (tokens, cache), length=steps)
-            return tokens, cache, chosen.T
-
-        self.prefill = jax.jit(prefill, donate_argnums=2)
-        self.decode = jax.jit(decode, donate_argnums=2)
-
-    def prepare(self, task: str, prompts: np.ndarray) -> tuple[Callable[[], None], np.ndarray]:
+    def prepare(self, task: str, prompts: np.ndarray) -> tuple[Callable[[], object], np.ndarray]:
         """A run to time, already compiled, and the greedy tokens after the prompts."""
-        batch, length = prompts.shape
-        given = jnp.asarray(prompts)
+        rows = [row.tolist() for row in prompts]
+        greedy = [Sampling(temperature=0.0)] * len(rows)
+        limits = [prompts.shape[1]] * len(rows)
 
-        def prefilled():
-            cache = empty_cache(self.config, batch, length + 20 * self.steps, jnp.float32)
-            return self.prefill(self.leaves, given, cache)
+        def start():
+            return self.decoder.start(rows, sampling=greedy, limits=limits, stop=())
 
-        first, cache = prefilled()
-        state = [first, cache]
-
-        def run_prefill():
-            jax.block_until_ready(prefilled())
-
-        def run_decode():
-            state[0], state[1], chosen = self.decode(self.leaves, *state)
-            return np.asarray(chosen)
-
+        run, first, _ = start()
         if task == "prefill":
-            return run_prefill, np.asarray(first)
-        return run_decode, run_decode()
-
-
-def _greedy(model: Transformer, hidden: jax.Array) -> jax.Array:
-    return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+            return start, first
+        return lambda: run.advance(self.steps), run.advance(self.steps)[0]

@@ -15,6 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from gptoss_jax.folders import cache_folder
 from gptoss_jax.harmony.library import library_encoding
 
 NUM_RANKS = 199_998
@@ -37,15 +38,6 @@ def load_vocabulary(num_ranks: int = NUM_RANKS, *, path: str | Path | None = Non
     # One line of the file is "base64-of-bytes rank"; only the lines asked for are decoded.
     lines = _vocabulary_file(path).split(b"\n", num_ranks)[:num_ranks]
     return [base64.b64decode(line.split(b" ")[0]) for line in lines]
-
-
-def cache_folder() -> Path:
-    """Where our copy is kept: $GPTOSS_JAX_CACHE, else gptoss_jax in the user's cache folder."""
-    own = os.environ.get("GPTOSS_JAX_CACHE")
-    if own:
-        return Path(own)
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(parent) / "gptoss_jax"
 
 
 def _vocabulary_file(path: str | Path | None) -> bytes:

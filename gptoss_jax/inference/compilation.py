@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,10 +31,10 @@ def enable_compilation_cache() -> Path | None:
     wanted = os.environ.get(SWITCH, "") or "on"
     if wanted not in ("on", "off"):
         raise ValueError(f"{SWITCH}: expected on or off, got {wanted!r}; correct or unset it")
-    if wanted == "off" or not jax.config.jax_enable_compilation_cache:
+    if wanted == "off" or not _setting("enable_compilation_cache"):
         return None
-    if jax.config.jax_compilation_cache_dir is not None:
-        return Path(jax.config.jax_compilation_cache_dir)
+    if _setting("compilation_cache_dir") is not None:
+        return Path(_setting("compilation_cache_dir"))
     folder = cache_folder() / "xla"
     problem = _why_not_writable(folder)
     if problem:
@@ -46,9 +47,13 @@ def enable_compilation_cache() -> Path | None:
         )
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.config.jax_persistent_cache_min_compile_time_secs == JAX_MIN_SECONDS:
+    if _setting("persistent_cache_min_compile_time_secs") == JAX_MIN_SECONDS:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+def _setting(name: str) -> Any:
+    return getattr(jax.config, f"jax_{name}")
 
 
 def _why_not_writable(folder: Path) -> str | None:

@@ -91,7 +91,7 @@ class Decoder:
         request = Request(
             sampling_arrays([*sampling, *[Sampling(temperature=0.0)] * spare], self.vocab_size),
             jnp.asarray(np.array([*limits, *[0] * spare], np.int32)),
-            jnp.asarray(np.array(list(stop) or [-1], np.int32)),
+            _padded(stop),
         )
         steps = Steps.needed(sampling)
         longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
@@ -165,9 +165,9 @@ class Run:
         self._state, news = self._advance(
             self._weights, self._state, self._request, num_tokens, self._steps
         )
-        tokens, logprobs, done = jax.device_get(news)
-        self.done = bool(done)
-        return tokens[: self._rows], logprobs[: self._rows]
+        tokens, logprobs, done = np.asarray(news)  # the only transfer of a call
+        self.done = not np.any(done == 0)
+        return tokens[: self._rows], logprobs.view(np.float32)[: self._rows]
 
 
 @functools.lru_cache(maxsize=16)
@@ -222,7 +222,9 @@ def _advance_program(graph, tree, state_tree, request_tree):
         start = jnp.zeros((), jnp.int32)
         carry = (start, state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
         _, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, carry)
-        return jax.tree.leaves(state), (tokens, logprobs, state.done.all())
+        done = jnp.broadcast_to(state.done[:, None].astype(jnp.int32), shape)
+        bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
+        return jax.tree.leaves(state), jnp.stack([tokens, bits, done])
 
     return advance
 
@@ -273,6 +275,13 @@ def _chunks(prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> Iterator[t
         for row, prompt in enumerate(prompts):
             tokens[row, : counts[row]] = prompt[start : start + int(counts[row])]
         yield jnp.asarray(tokens), jnp.asarray(counts)
+
+
+def _padded(stop: Sequence[int]) -> Int[Array, " stops"]:
+    """Stop ids, filled up with -1 to one of a few lengths."""
+    ids = np.full(max(4, _power_of_two(len(stop))), -1, np.int32)
+    ids[: len(stop)] = list(stop)
+    return jnp.asarray(ids)
 
 
 def _power_of_two(number: int) -> int:
@@ -326,6 +335,10 @@ def stream(
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
+    if tokens_per_dispatch is not None and tokens_per_dispatch < 1:
+        raise ValueError(
+            f"tokens_per_dispatch: expected at least 1, or None for all, got {tokens_per_dispatch}"
+        )
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     rows = len(prompts)
     limits = _one_each("max_new_tokens", max_new_tokens, int, rows)

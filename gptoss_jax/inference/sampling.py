@@ -17,6 +17,9 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from gptoss_jax.shapes import Array
 
+LARGEST = 1e30  # settings are float32 on the device; the rest of its range is for the logits
+SIZE = "a number in [-1e30, 1e30]"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -40,17 +43,17 @@ class Sampling:
 
     def __post_init__(self):
         legal = {
-            "temperature": ("a finite number >= 0", 0 <= self.temperature < math.inf),
-            "top_k": ("an integer >= 0", self.top_k >= 0 and self.top_k == int(self.top_k)),
+            "temperature": ("a number in [0, 1e30]", 0 <= self.temperature <= LARGEST),
+            "top_k": ("an integer >= 0", 0 <= self.top_k < math.inf and self.top_k % 1 == 0),
             "top_p": ("a number in (0, 1]", 0 < self.top_p <= 1),
             "min_p": ("a number in [0, 1]", 0 <= self.min_p <= 1),
             "repetition_penalty": (
-                "a finite number > 0",
-                0 < self.repetition_penalty < math.inf,
+                "a number in [1e-30, 1e30]",
+                1 / LARGEST <= self.repetition_penalty <= LARGEST,
             ),
-            "presence_penalty": ("a finite number", math.isfinite(self.presence_penalty)),
-            "frequency_penalty": ("a finite number", math.isfinite(self.frequency_penalty)),
-            "seed": ("an integer in [0, 2^32)", 0 <= self.seed < 2**32),
+            "presence_penalty": (SIZE, abs(self.presence_penalty) <= LARGEST),
+            "frequency_penalty": (SIZE, abs(self.frequency_penalty) <= LARGEST),
+            "seed": ("an integer in [0, 2^32)", 0 <= self.seed < 2**32 and self.seed % 1 == 0),
         }
         problems = [
             f"{name}: expected {expected}, got {getattr(self, name)!r}"
@@ -58,9 +61,9 @@ class Sampling:
             if not holds
         ]
         problems += [
-            f"logit_bias[{token}]: expected a finite number or -inf, got {bias!r}"
+            f"logit_bias[{token}]: expected {SIZE} or -inf, got {bias!r}"
             for token, bias in self.logit_bias.items()
-            if math.isnan(bias) or bias == math.inf
+            if not (abs(bias) <= LARGEST or bias == -math.inf)
         ]
         if problems:
             raise ValueError("; ".join(problems))
@@ -128,12 +131,12 @@ def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays
         tokens[index, : len(row.logit_bias)] = list(row.logit_bias.keys())
         values[index, : len(row.logit_bias)] = list(row.logit_bias.values())
 
-    def column(name: str, dtype=np.float32):
-        return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
+    def column(name: str, dtype=np.float32, most=math.inf):
+        return jnp.asarray(np.array([min(getattr(row, name), most) for row in rows], dtype))
 
     return SamplingArrays(
         temperature=column("temperature"),
-        top_k=column("top_k", np.int32),
+        top_k=column("top_k", np.int32, vocab_size),
         top_p=column("top_p"),
         min_p=column("min_p"),
         repetition=column("repetition_penalty"),
@@ -165,7 +168,9 @@ def choose(
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if steps.draw:
         greedy = how.temperature == 0
-        logits = logits / jnp.where(greedy, 1.0, how.temperature)[:, None]
+        # From the peak downwards: a tiny temperature makes -inf of the others, not inf of several.
+        logits = logits - logits.max(axis=-1, keepdims=True)
+        logits = logits / jnp.maximum(how.temperature, 1 / LARGEST)[:, None]
         if steps.drop:
             logits = jnp.where(kept(logits, how), logits, -jnp.inf)
         drawn = jnp.argmax(logits + _gumbel(how.seed, index, logits.shape[1]), axis=-1)
@@ -191,6 +196,7 @@ def kept(logits: Float[Array, "B V"], how: SamplingArrays) -> Bool[Array, "B V"]
     keeps three (.15 >= .2 * .5). Of equal tokens the lower id is the likelier.
     """
     vocab_size = logits.shape[1]
+    logits = jnp.where(logits == 0, 0.0, logits)  # top_k puts -0.0 below 0.0
     descending, order = jax.lax.top_k(logits, vocab_size)
     rank = jnp.arange(vocab_size)[None, :]
     probabilities = jax.nn.softmax(descending, axis=-1)
@@ -202,6 +208,7 @@ def kept(logits: Float[Array, "B V"], how: SamplingArrays) -> Bool[Array, "B V"]
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     survive &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
     survive &= probabilities >= how.min_p[:, None] * probabilities[:, :1]
+    survive |= rank == 0  # also where top_p is 0 in float32
     last = survive.sum(axis=-1, keepdims=True) - 1  # survivors are a prefix of the order
     threshold = jnp.take_along_axis(descending, last, axis=1)
     last_token = jnp.take_along_axis(order, last, axis=1)
@@ -215,7 +222,8 @@ def _gumbel(
     """Noise that turns an argmax into a draw from the softmax, a function of seed and index."""
 
     def row(seed, step):
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        # Named: the faster generators one may set as jax's default depend on the other rows.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         return jax.random.gumbel(key, (vocab_size,), jnp.float32)
 
     return jax.vmap(row)(seeds, index)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.sink_attention import sink_attention
 from gptoss_jax.model.cache import LayerCache, extend_layer
+from gptoss_jax.model.linear import linear
 from gptoss_jax.model.rope import rotate
 from gptoss_jax.shapes import Array, Hidden
 
@@ -39,7 +40,9 @@ class Heads(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[:2], dtype))
 
     def __call__(self, x: Hidden) -> Float[Array, "B T N H"]:
-        return jnp.einsum("BTD,NHD->BTNH", x, self.kernel[...]) + self.bias[...][None, None]
+        num_heads, head_dim, embed_dim = self.kernel.shape
+        y = linear(x, self.kernel[...].reshape(-1, embed_dim)).astype(x.dtype)
+        return y.reshape(*x.shape[:2], num_heads, head_dim) + self.bias[...][None, None]
 
 
 class HeadsOut(nnx.Module):
@@ -53,7 +56,9 @@ class HeadsOut(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.embed_dim,), dtype))
 
     def __call__(self, heads: Float[Array, "B T N H"]) -> Hidden:
-        return jnp.einsum("BTNH,DNH->BTD", heads, self.kernel[...]) + self.bias[...][None, None]
+        joined = heads.reshape(*heads.shape[:2], -1)
+        kernel = self.kernel[...].reshape(self.kernel.shape[0], -1)
+        return linear(joined, kernel).astype(heads.dtype) + self.bias[...][None, None]
 
 
 class Attention(nnx.Module):

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.expert_matmul import expert_mlp
+from gptoss_jax.model.linear import linear
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 from gptoss_jax.shapes import Array, Hidden
 
@@ -32,7 +33,7 @@ class Router(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.num_experts,), dtype))
 
     def __call__(self, x: Hidden) -> Float[Array, "B T E"]:
-        logits = jnp.einsum("BTD,ED->BTE", x, self.kernel[...], preferred_element_type=jnp.float32)
+        logits = linear(x, self.kernel[...])
         return logits + self.bias[...].astype(jnp.float32)[None, None]
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.attention import Attention, Place
 from gptoss_jax.model.cache import Cache, LayerCache, new_positions
+from gptoss_jax.model.linear import linear, look_up
 from gptoss_jax.model.moe import MoE
 from gptoss_jax.model.rope import rotary_angles
 from gptoss_jax.shapes import Array, Hidden, Logits, Positions, Tokens
@@ -116,7 +117,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         cos, sin = self._angles(positions)
         place = Place(positions, cos, sin, segments=segments)
-        x = self.embed[...][tokens]
+        x = look_up(self.embed[...], tokens)
         for block in self.blocks:
             x = block(x, place)
         return self.final_norm(x)
@@ -131,7 +132,7 @@ class Transformer(nnx.Module):
         positions = new_positions(cache.lengths, counts, tokens.shape[1])
         cos, sin = self._angles(positions)
         place = Place(positions, cos, sin, lengths=cache.lengths)
-        x = self.embed[...][tokens]
+        x = look_up(self.embed[...], tokens)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, layer = block.extend(x, place, layer)
@@ -140,9 +141,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Hidden) -> Logits:
         """Compare hidden states with every row of the unembedding, in float32."""
-        return jnp.einsum(
-            "BTD,VD->BTV", hidden, self.unembed[...], preferred_element_type=jnp.float32
-        )
+        return linear(hidden, self.unembed[...])
 
     def _angles(self, positions: Positions) -> tuple[Float[Array, "B T pairs"], ...]:
         return rotary_angles(positions, self.config.rope, self.config.head_dim)

@@ -66,7 +66,9 @@ class Sum:
     def held_out(self) -> bool:
         """Whether this sum is for testing; a + b and b + a share their fate."""
         text = f"{min(self.a, self.b)}+{max(self.a, self.b)} base {self.base}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0
+        return (
+            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0
+        )
 
     def written(self, number: int) -> str:
         return f"{number:b}" if self.base == 2 else str(number)
@@ -106,16 +108,24 @@ class Example:
     sum: Sum | None  # of the last turn
 
 
-def draw(rng: random.Random, *, held_out: bool = False, effort: str | None = None) -> Example:
+def draw(
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    effort: str | None = None,
+    binary_share: float = 0.2,
+) -> Example:
     """A random conversation of one turn, sometimes two; `held_out` draws one held-out sum."""
     effort = effort or rng.choices(EFFORTS, (1, 4, 1))[0]
     if held_out:
-        sum_ = _draw_sum(rng, held_out=True)
+        sum_ = _draw_sum(rng, binary_share, held_out=True)
         return Example(tuple(_turn(rng, sum_, effort)), effort, None, None, sum_)
     messages: list[Message] = []
     if rng.random() < 0.1:
-        messages += [m for m in _turn(rng, _maybe_sum(rng), effort) if m.channel != "analysis"]
-    sum_ = _maybe_sum(rng)
+        messages += [
+            m for m in _turn(rng, _maybe_sum(rng, binary_share), effort) if m.channel != "analysis"
+        ]
+    sum_ = _maybe_sum(rng, binary_share)
     messages += _turn(rng, sum_, effort)
     date = f"20{rng.randint(24, 29)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
     return Example(
@@ -127,13 +137,13 @@ def draw(rng: random.Random, *, held_out: bool = False, effort: str | None = Non
     )
 
 
-def _maybe_sum(rng: random.Random) -> Sum | None:
-    return _draw_sum(rng, held_out=False) if rng.random() < 0.88 else None
+def _maybe_sum(rng: random.Random, binary_share: float) -> Sum | None:
+    return _draw_sum(rng, binary_share, held_out=False) if rng.random() < 0.88 else None
 
 
-def _draw_sum(rng: random.Random, *, held_out: bool) -> Sum:
+def _draw_sum(rng: random.Random, binary_share: float, *, held_out: bool) -> Sum:
     while True:
-        if rng.random() < 0.2:
+        if rng.random() < binary_share:
             sum_ = Sum(*(rng.randrange(2 ** rng.randint(1, 6)) for _ in "ab"), base=2)
         else:
             sum_ = Sum(*(rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3))) for _ in "ab"))

@@ -24,7 +24,7 @@ from gptoss_jax.training.loss import next_token_loss
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """AdamW with a linear warm-up and a cosine decay to a tenth of the peak rate... """
+    """AdamW: linear warm-up, cosine decay to 1 % of the peak rate, decay on matrices alone."""
 
     steps: int
     learning_rate: float

@@ -20,7 +20,7 @@ from gptoss_jax.weights.names import Entry, entries
 from gptoss_jax.weights.safetensors_file import DTYPES, CheckpointError, Tensor, read_header
 
 INDEX = "model.safetensors.index.json"
-PIECE = 16 << 20  # bytes on disk that are read at a time
+PIECE = 4 << 20  # bytes that are read at a time; unpacked they are up to eight times as many
 
 
 @dataclasses.dataclass(frozen=True)

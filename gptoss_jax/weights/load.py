@@ -138,6 +138,7 @@ def _read_packing(checkpoint: Checkpoint, name: str, start: int, stop: int):
         raise CheckpointError(f"{error}; load it with experts='bf16'") from None
 
 
+_pack = jax.jit(pack)
 _unpack = jax.jit(unpack, static_argnums=1)
 
 
@@ -150,10 +151,9 @@ def pack_rows(
     name: str, values: Shaped[np.ndarray, "..."], *, rounding: bool = False
 ) -> tuple[Rows, Rows]:
     """Blocks and scales of values that are MXFP4 numbers already, or are to be rounded to such."""
-    try:
-        packed = pack(values)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{name}: expected finite numbers, got NaN or infinity")
+    packed = _pack(values)
     back = np.asarray(_unpack(packed, jnp.float32))
     lost = 0 if rounding else int(np.count_nonzero(back != values.astype(np.float32)))
     if lost:

@@ -13,16 +13,46 @@ from flax import nnx
 
 from gptoss_jax.model.cache import empty_cache
 
+ROOM = 16  # tokens in a chunk
+CAPACITY = 168  # tokens in a cache: the longest prompt and its continuation
 
-def full(model, tokens, positions=None) -> np.ndarray:
+
+def full(model, tokens, positions=None, segments=None) -> np.ndarray:
     """Logits [B T V] of whole sequences."""
-    return np.asarray(_full(*nnx.split(model), tokens, positions))
+    return np.asarray(_full(*nnx.split(model), tokens, positions, segments))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _full(graph, state, tokens, positions):
+def _full(graph, state, tokens, positions, segments):
     with jax.default_matmul_precision("highest"):
-        return nnx.merge(graph, state)(tokens, positions)
+        return nnx.merge(graph, state)(tokens, positions, segments)
+
+
+def after_each_block(model, tokens, place) -> list[np.ndarray]:
+    """The residual stream [B T D] after every block."""
+    return [np.asarray(x) for x in _after_each_block(*nnx.split(model), tokens, place)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _after_each_block(graph, state, tokens, place):
+    with jax.default_matmul_precision("highest"):
+        model = nnx.merge(graph, state)
+        x, outputs = model.embed[...][tokens], []
+        for block in model.blocks:
+            x = block(x, place)
+            outputs.append(x)
+        return outputs
+
+
+def each_block(model, x, place) -> list[np.ndarray]:
+    """What every block makes of the same input."""
+    return [np.asarray(y) for y in _each_block(*nnx.split(model), x, place)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _each_block(graph, state, x, place):
+    with jax.default_matmul_precision("highest"):
+        return [block(x, place) for block in nnx.merge(graph, state).blocks]
 
 
 def cache_for(model, batch: int, capacity: int):
@@ -43,28 +73,37 @@ def _extend(graph, state, tokens, counts, cache):
         return model.logits(hidden), cache
 
 
-def in_chunks(model, tokens, sizes, *, capacity: int | None = None) -> np.ndarray:
-    """Logits [B T V] of sequences that are fed in chunks of the given sizes."""
+def in_chunks(model, tokens, sizes, *, room: int = ROOM, capacity: int = CAPACITY) -> np.ndarray:
+    """Logits [B T V] of sequences that are fed in chunks of the given sizes.
+
+    Chunks of more than one token are padded to `room`.
+    """
     batch, length = tokens.shape
     assert sum(sizes) == length
-    cache, parts, start = cache_for(model, batch, capacity or length), [], 0
+    cache, parts, start = cache_for(model, batch, capacity), [], 0
     for size in sizes:
-        chunk = tokens[:, start : start + size]
+        chunk = np.zeros((batch, 1 if size == 1 else room), np.int32)
+        chunk[:, :size] = tokens[:, start : start + size]
         logits, cache = extend(model, chunk, np.full(batch, size, np.int32), cache)
-        parts.append(logits)
+        parts.append(logits[:, :size])
         start += size
     return np.concatenate(parts, axis=1)
 
 
 def greedy(model, prompts: list[np.ndarray], count: int) -> np.ndarray:
     """The next `count` tokens of prompts of different lengths, run as one batch [B count]."""
-    counts = np.array([len(prompt) for prompt in prompts], np.int32)
-    rows = np.zeros((len(prompts), counts.max()), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    cache = cache_for(model, len(prompts), int(counts.max()) + count)
-    logits, cache = extend(model, rows, counts, cache)
-    first = logits[np.arange(len(rows)), counts - 1].argmax(axis=-1).astype(np.int32)
+    cache, done = cache_for(model, len(prompts), CAPACITY), 0
+    first = np.zeros(len(prompts), np.int32)
+    while done < max(map(len, prompts)):
+        chunk = np.zeros((len(prompts), ROOM), np.int32)
+        parts = [prompt[done : done + ROOM] for prompt in prompts]
+        for row, part in zip(chunk, parts, strict=True):
+            row[: len(part)] = part
+        logits, cache = extend(model, chunk, np.array([len(part) for part in parts]), cache)
+        for row, part in enumerate(parts):
+            if len(part):
+                first[row] = logits[row, len(part) - 1].argmax()
+        done += ROOM
     rest = _continue(*nnx.split(model), jnp.asarray(first), cache, count - 1)
     return np.concatenate([first[:, None], np.asarray(rest)], axis=1)
 

@@ -276,11 +276,11 @@ def test_experts_that_are_not_mxfp4_are_not_packed_silently(config, tmp_path):
 
     text = message(folder)
 
-    assert text.startswith(
-        "blocks.1.moe.down.kernel: expected values that MXFP4 can hold, got 1 of"
-    )
+    start = r"blocks\.1\.moe\.down\.kernel: expected values that MXFP4 can hold, got \d+ of 358400"
+    assert re.match(start, text)
     assert text.endswith("load it with experts='bf16'")
-    assert load(folder, experts="bf16").blocks[1].moe.down.kernel[3, 7, 5] == jnp.bfloat16(0.3)
+    plain = load(folder, experts="bf16")
+    assert float(plain.blocks[1].moe.down.kernel[3, 7, 5]) == float(jnp.bfloat16(0.3))
 
 
 def test_experts_that_are_not_finite_are_not_packed(config, tmp_path):
@@ -290,7 +290,7 @@ def test_experts_that_are_not_finite_are_not_packed(config, tmp_path):
     values[0, 0, 0] = np.nan
     rewrite(config, folder, layout="bf16", **{key: values})
 
-    assert "blocks.0.moe.gate_up.kernel: values: expected finite numbers" in message(folder)
+    assert "blocks.0.moe.gate_up.kernel: expected finite numbers, got NaN" in message(folder)
 
 
 def test_opening_reads_no_weights(config, folder):

@@ -90,8 +90,8 @@ def test_trained_experts_are_rounded_only_when_asked(config, tmp_path):
     for name in expected:
         error = np.abs(got[name] - expected[name]).max()
         peak = np.abs(expected[name]).max()
-        # The widest gap is 4 to 6, so half of it against 6; bfloat16 has 8 significant bits.
-        bound = 1 / 6 if name.endswith(("gate_up.kernel", "down.kernel")) else 2**-8
+        # The worst that rounding does is 5 -> 4 or 6; bfloat16 has 8 significant bits.
+        bound = 1 / 5 if name.endswith(("gate_up.kernel", "down.kernel")) else 2**-8
         assert error <= bound * peak, name
 
 
@@ -137,7 +137,9 @@ def test_generation_config(config, tmp_path):
 
     plain = export(model, tmp_path / "plain")
     given = export(model, tmp_path / "given", generation={"eos_token_id": [3, 5]})
-    wide = dataclasses.replace(config, num_layers=1, vocab_size=201088)
+    wide = dataclasses.replace(
+        config, num_layers=1, vocab_size=201088, embed_dim=32, hidden_dim=64, num_experts=4
+    )
     published = export(Transformer(wide, rngs=nnx.Rngs(0)), tmp_path / "published")
 
     def read(folder):

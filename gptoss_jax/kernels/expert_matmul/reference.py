@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.mxfp4 import Mxfp4, unpack
 
-FEW_ROWS = 16  # up to this many (token, expert) pairs, visiting pairs beats sorting them
+FEW_PAIRS = 8  # up to this many (token, expert) pairs, visiting pairs beats sorting them
 
 
 class Experts(NamedTuple):
@@ -73,8 +73,8 @@ def expert_mlp(
 
 
 def clamped_swiglu(
-    gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], *, alpha: float, limit: float
-) -> Float[Array, "*rows F"]:
+    gate: Float[Array, "F R"], up: Float[Array, "F R"], *, alpha: float, limit: float
+) -> Float[Array, "F R"]:
     """gate' * sigmoid(alpha * gate') * (up' + 1), gate clamped from above only, up on both sides.
 
     (gate, up) = (8, 9) with alpha 1.702 and limit 7 gives 55.9996.
@@ -85,14 +85,18 @@ def clamped_swiglu(
 
 
 def _through_one(static: _Static, x: Float[Array, "R D"], expert: Experts) -> Float[Array, "R D"]:
-    """Rows through one (unpacked) expert, float32 outside the two products."""
-    u = jnp.einsum("RD,xFD->xRF", x, expert.gate_up, preferred_element_type=jnp.float32)
-    gate, up = u + expert.gate_up_bias.astype(jnp.float32)[:, None, :]
+    """Rows through one (unpacked) expert, float32 outside the two products.
+
+    Rows come last inside, so that both products have the weights on the left: for up to 32 rows
+    XLA's CPU products are 1.3 to 1.7 times as fast that way round, for more rows no slower.
+    """
+    u = jnp.einsum("xFD,RD->xFR", expert.gate_up, x, preferred_element_type=jnp.float32)
+    gate, up = u + expert.gate_up_bias.astype(jnp.float32)[:, :, None]
     hidden = clamped_swiglu(gate, up, alpha=static.alpha, limit=static.limit)
     y = jnp.einsum(
-        "RF,DF->RD", hidden.astype(x.dtype), expert.down, preferred_element_type=jnp.float32
+        "DF,FR->DR", expert.down, hidden.astype(x.dtype), preferred_element_type=jnp.float32
     )
-    return y + expert.down_bias.astype(jnp.float32)[None, :]
+    return (y + expert.down_bias.astype(jnp.float32)[:, None]).T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,7 +107,7 @@ def _combined(
     weights: Float[Array, "R A"],
     experts: Experts,
 ) -> Float[Array, "R D"]:
-    if ids.size <= FEW_ROWS:
+    if ids.size <= FEW_PAIRS:
         outputs = _visit_pairs(static, x, ids, experts)
     else:
         outputs = _visit_experts(static, x, ids, experts)
@@ -140,6 +144,11 @@ class _Sorted(NamedTuple):
         num_active = self.order.size // by_token.shape[0]
         return self._padded(by_token[self.order // num_active])
 
+    def chosen_experts(self) -> tuple[Int[Array, " E"], Int[Array, ""]]:
+        """The experts that have rows come first, in their order, and how many they are."""
+        idle = self.starts[1:] == self.starts[:-1]
+        return jnp.argsort(idle, stable=True), (~idle).sum(dtype=jnp.int32)
+
     def _padded(self, rows: Float[Array, "M ..."]) -> Float[Array, "sorted ..."]:
         return jnp.pad(rows, [(0, self.tile)] + [(0, 0)] * (rows.ndim - 1))
 
@@ -151,9 +160,16 @@ def _sort(ids: Int[Array, "R A"], num_experts: int) -> _Sorted:
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     starts = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1))
-    share = flat.size / num_experts  # rows of an expert under even routing
-    tile = min(512, max(16, 1 << math.ceil(math.log2(share / 2))))
-    return _Sorted(order, starts.astype(jnp.int32), tile)
+    return _Sorted(order, starts.astype(jnp.int32), _tile(*ids.shape, num_experts))
+
+
+def _tile(num_tokens: int, num_active: int, num_experts: int) -> int:
+    """About half the rows of an expert under even routing, from 4 to 512.
+
+    Larger tiles multiply faster but are emptier at the end of each expert's rows.
+    """
+    half_share = max(1.0, num_tokens * num_active / num_experts / 2)
+    return min(512, max(4, 1 << math.ceil(math.log2(half_share))))
 
 
 def _for_each_tile(pairs: _Sorted, expert: Int[Array, ""], visit, carry):
@@ -169,21 +185,21 @@ def _for_each_tile(pairs: _Sorted, expert: Int[Array, ""], visit, carry):
 
 
 def _visit_experts(static, x, ids, experts) -> Float[Array, "R A D"]:
-    """Every expert once, with all the rows that chose it."""
-    num_experts = experts.down_bias.shape[0]
-    pairs = _sort(ids, num_experts)
+    """Every expert that was chosen, once, with all the rows that chose it."""
+    pairs = _sort(ids, experts.down_bias.shape[0])
     rows = pairs.take_tokens(x)
+    chosen, num_chosen = pairs.chosen_experts()
 
     def visit(index, outputs):
-        expert = experts.one(index, x.dtype)
+        expert = experts.one(chosen[index], x.dtype)
 
         def one_tile(first, outputs):
             tile = _cut(rows, first, pairs.tile)
             return _paste(outputs, _through_one(static, tile, expert), first)
 
-        return _for_each_tile(pairs, index, one_tile, outputs)
+        return _for_each_tile(pairs, chosen[index], one_tile, outputs)
 
-    outputs = jax.lax.fori_loop(0, num_experts, visit, jnp.zeros(rows.shape, jnp.float32))
+    outputs = jax.lax.fori_loop(0, num_chosen, visit, jnp.zeros(rows.shape, jnp.float32))
     return pairs.put_back(outputs).reshape(*ids.shape, -1)
 
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's gpt-oss in JAX: load it, talk to it, look inside.
+
+Importing this does nothing; each public name is fetched at first use. Read model/transformer.py
+first.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.conversation import (
+        Conversation,
+        Reply,
+        chat,
+        generate,
+        stream_chat,
+        tokenizer_of,
+    )
+    from gptoss_jax.harmony import FunctionTool, Message, Tokenizer
+    from gptoss_jax.inference.sampling import Sampling
+    from gptoss_jax.model.transformer import Transformer
+    from gptoss_jax.mxfp4 import Mxfp4
+    from gptoss_jax.weights.describe import describe
+    from gptoss_jax.weights.export import export
+    from gptoss_jax.weights.fingerprint import fingerprint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # weights
+    "load",
+    "export",
+    "describe",
+    "fingerprint",
+    # text
+    "chat",
+    "stream_chat",
+    "Conversation",
+    "Reply",
+    "Message",
+    "FunctionTool",
+    # tokens
+    "generate",
+    "Sampling",
+    "Tokenizer",
+    "tokenizer_of",
+    # the model
+    "ModelConfig",
+    "Transformer",
+    "Mxfp4",
+    "__version__",
+]
+
+_HOMES = {
+    "ModelConfig": "config",
+    "Conversation": "conversation",
+    "Reply": "conversation",
+    "chat": "conversation",
+    "generate": "conversation",
+    "stream_chat": "conversation",
+    "tokenizer_of": "conversation",
+    "FunctionTool": "harmony",
+    "Message": "harmony",
+    "Tokenizer": "harmony",
+    "Sampling": "inference.sampling",
+    "Transformer": "model.transformer",
+    "Mxfp4": "mxfp4",
+    "describe": "weights.describe",
+    "export": "weights.export",
+    "fingerprint": "weights.fingerprint",
+}
+
+
+def load(
+    path: "str | Path | None" = None,
+    *,
+    experts: str = "packed",
+    dtype: Any = None,
+    progress: bool | None = None,
+) -> "Transformer":
+    """The model in a checkpoint folder of any layout; without a path the bundled tiny one.
+
+    `experts="packed"` keeps the published MXFP4 bytes, "bf16" unpacks them. `dtype`, "bfloat16" or
+    "float32", is that of all the rest; None is bfloat16 on accelerators and float32 on CPU.
+    `progress` None shows a bar on a terminal if it takes long. Raises ValueError with all that is
+    wrong. Compiled programs are kept from here on: see inference/compilation.py.
+    """
+    from gptoss_jax.folders import BUNDLED_MODEL
+    from gptoss_jax.inference.compilation import enable_compilation_cache
+    from gptoss_jax.weights.load import load as load_checkpoint
+
+    enable_compilation_cache()
+    folder = BUNDLED_MODEL if path is None else path
+    return load_checkpoint(folder, experts=experts, dtype=dtype, progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

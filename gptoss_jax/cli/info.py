@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gptoss info`: what a checkpoint is, from its headers, and the device it would run on."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gptoss_jax
+from gptoss_jax.cli.options import Flag, OfCheckpoint
+from gptoss_jax.cli.output import print_json
+
+if TYPE_CHECKING:
+    from gptoss_jax.weights.describe import Description
+
+QUICK_BYTES = 1 << 30  # what is hashed without being asked: about a second
+
+
+@dataclass(kw_only=True)
+class Info(OfCheckpoint):
+    """Say what a checkpoint is: config, sizes, bytes, layout, fingerprint; and on which device."""
+
+    fingerprint: Flag = False
+    """Hash the weights though they are large, a second per GB; up to 1 GiB this is done anyway."""
+
+    def run(self) -> int:
+        from gptoss_jax.weights.describe import describe
+
+        self.say_if_bundled()
+        found = describe(self.folder)
+        wanted = self.fingerprint or found.total_bytes < QUICK_BYTES
+        digest = str(gptoss_jax.fingerprint(self.folder)) if wanted else None
+        facts = description_as_json(self.folder, found, digest)
+        if self.json:
+            print_json(facts)
+        else:
+            print_description(facts)
+        return 0
+
+
+def description_as_json(folder: str, found: "Description", digest: str | None) -> dict[str, Any]:
+    import jax
+
+    devices = jax.devices()
+    return {
+        "checkpoint": folder,
+        "layout": found.layout,
+        "parameters": {"total": found.total_parameters, "active": found.active_parameters},
+        "parameters_by_group": found.parameters,
+        "bytes": found.total_bytes,
+        "bytes_by_group": found.bytes,
+        "max_context": found.config.max_context,
+        "config": dataclasses.asdict(found.config),
+        "fingerprint": digest,
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+        },
+        "versions": {"gptoss_jax": gptoss_jax.__version__, "jax": jax.__version__},
+    }
+
+
+def print_description(facts: dict[str, Any]) -> None:
+    """The same facts as two tables."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    summary = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    parameters, devices = facts["parameters"], facts["devices"]
+    config = {name: value for name, value in facts["config"].items() if name != "rope"}
+    rope = {f"rope.{name}": value for name, value in facts["config"]["rope"].items()}
+    for name, value in {
+        "checkpoint": facts["checkpoint"],
+        "layout": facts["layout"],
+        "parameters": f"{parameters['total']:,}, of which {parameters['active']:,} per token",
+        "context": f"{facts['max_context']:,} tokens",
+        "device": f"{devices['count']} x {devices['kind']} ({devices['platform']})",
+        "fingerprint": facts["fingerprint"] or "not computed; --fingerprint reads every byte",
+        **config,
+        **rope,
+    }.items():
+        summary.add_row(name, str(value))
+    groups = Table("group", box=None, pad_edge=False)
+    for title in ("parameters", "bytes"):
+        groups.add_column(title, justify="right")
+    for name, count in facts["parameters_by_group"].items():
+        groups.add_row(name, f"{count:,}", f"{facts['bytes_by_group'][name]:,}")
+    groups.add_row("total", f"{parameters['total']:,}", f"{facts['bytes']:,}", style="bold")
+    width = None if sys.stdout.isatty() else 1000  # one line each, where lines are searched
+    Console(highlight=False, width=width).print(summary, "", groups, sep="\n")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every implementation of the experts' network must get right, as one table of cases.
+
+Axes have pairwise different sizes, so that no swap of two goes unnoticed. Inputs are NumPy arrays;
+the oracle lives with the tests, `TOLERANCES` says how near to it an implementation has to be.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+B, T = 9, 11
+D, F = 160, 224
+E, A = 10, 4
+ALPHA, LIMIT = 1.702, 7.0
+
+# dtype -> (quantile, largest |difference| there), in units of the root mean square of the exact
+# result. The last line of a table bounds every element.
+TOLERANCES = {
+    "float32": ((0.5, 1e-6), (0.99, 5e-6), (1.0, 2e-5)),
+    "bfloat16": ((0.5, 1e-2), (0.99, 4e-2), (1.0, 1e-1)),
+}
+# The same for gradients, which go through two products more.
+GRADIENT_TOLERANCES = {
+    "float32": ((0.5, 2e-6), (0.99, 1e-5), (1.0, 1e-4)),
+    "bfloat16": ((0.5, 2e-2), (0.99, 1e-1), (1.0, 5e-1)),
+}
+
+
+class Case(NamedTuple):
+    name: str
+    route: Callable[[np.random.Generator, int], np.ndarray]  # rows -> expert ids [rows, A]
+    shape: tuple[int, int] = (B, T)
+    x_scale: float = 1.0  # large: most activations are clamped
+
+
+class Inputs(NamedTuple):
+    """Plain weights and MXFP4 bytes; `packed` cases use the bytes."""
+
+    x: np.ndarray  # [B, T, D]
+    ids: np.ndarray  # [B, T, A]
+    weights: np.ndarray  # [B, T, A]
+    gate_up: np.ndarray  # [E, 2, F, D]
+    gate_up_bias: np.ndarray
+    down: np.ndarray  # [E, D, F]
+    down_bias: np.ndarray
+    gate_up_bytes: tuple[np.ndarray, np.ndarray]  # blocks [E, 2, F, 5, 16], scales [E, 2, F, 5]
+    down_bytes: tuple[np.ndarray, np.ndarray]  # blocks [E, D, 7, 16], scales [E, D, 7]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Random arrays for a case, the same ones every time."""
+    rng = np.random.default_rng([ord(letter) for letter in case.name])
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    rows = case.shape[0] * case.shape[1]
+    return Inputs(
+        x=np.float32(case.x_scale) * normal(*case.shape, D),
+        ids=case.route(rng, rows).reshape(*case.shape, A).astype(np.int32),
+        weights=rng.dirichlet(np.ones(A), case.shape).astype(np.float32),
+        gate_up=normal(E, 2, F, D) * np.float32(2 * D**-0.5),
+        gate_up_bias=normal(E, 2, F),
+        down=normal(E, D, F) * np.float32(F**-0.5),
+        down_bias=normal(E, D),
+        gate_up_bytes=random_bytes(rng, E, 2, F, D),
+        down_bytes=random_bytes(rng, E, D, F),
+    )
+
+
+def random_bytes(rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every code at random; scales that bring the values near to those of plain weights."""
+    *lead, width = shape
+    blocks = rng.integers(0, 256, (*lead, width // 32, 16), np.uint8)
+    return blocks, rng.integers(120, 124, (*lead, width // 32), np.uint8)
+
+
+def at_random(rng, rows: int) -> np.ndarray:
+    """As a router would: A different experts for each row."""
+    return np.stack([rng.permutation(E)[:A] for _ in range(rows)])
+
+
+def among(*experts: int):
+    """Only these experts are ever chosen; all others are empty."""
+
+    def route(rng, rows: int) -> np.ndarray:
+        return np.stack([rng.permutation(experts)[:A] for _ in range(rows)])
+
+    return route
+
+
+def same_four(rng, rows: int) -> np.ndarray:
+    return np.tile([7, 2, 9, 0], (rows, 1))
+
+
+def one_expert(rng, rows: int) -> np.ndarray:
+    """Not what a router does, yet legal: every pair goes to one expert."""
+    return np.full((rows, A), 6)
+
+
+def in_steps(rng, rows: int) -> np.ndarray:
+    """Expert e gets a share that grows with e, the first none: every kind of ragged tail."""
+    shares = np.arange(E) / np.arange(E).sum()
+    return rng.choice(E, (rows, A), p=shares)
+
+
+CASES = (
+    Case("at random", at_random),
+    Case("clamped", at_random, x_scale=8.0),
+    Case("four busy experts", among(1, 2, 5, 8)),
+    Case("first and last empty", among(1, 2, 3, 4, 5, 6, 7, 8)),
+    Case("last only", among(6, 7, 8, 9)),
+    Case("same four", same_four),
+    Case("one expert", one_expert),
+    Case("in steps", in_steps),
+    Case("one row", at_random, shape=(1, 1)),
+    Case("two rows", at_random, shape=(2, 1)),
+    Case("three rows", at_random, shape=(1, 3)),
+    Case("one row, one expert", one_expert, shape=(1, 1)),
+    Case("many rows", at_random, shape=(3, 97)),
+)

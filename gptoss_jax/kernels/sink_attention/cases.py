@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every implementation of sink attention must get right, as one table of cases.
+
+Axes have pairwise different sizes, so that no swap of two goes unnoticed. Inputs are NumPy arrays;
+the oracle lives with the tests, `TOLERANCES` says how near to it an implementation has to be.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+B, T, S = 9, 11, 40
+N, K, H = 6, 2, 24
+W = 8
+
+# dtype -> (quantile, largest |difference| there), in units of the root mean square of the exact
+# result. The last line of a table bounds every element.
+TOLERANCES = {
+    "float32": ((0.5, 5e-7), (0.99, 3e-6), (1.0, 2e-5)),
+    "bfloat16": ((0.5, 4e-3), (0.99, 2e-2), (1.0, 8e-2)),
+}
+# The same for gradients, which go through one product more.
+GRADIENT_TOLERANCES = {
+    "float32": ((0.5, 5e-7), (0.99, 5e-6), (1.0, 5e-5)),
+    "bfloat16": ((0.5, 8e-3), (0.99, 4e-2), (1.0, 2e-1)),
+}
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand. -1 is an empty slot or a padding token."""
+
+    q_positions: np.ndarray  # [B, T]
+    k_positions: np.ndarray  # [B, S]
+    q_segments: np.ndarray | None = None
+    k_segments: np.ndarray | None = None
+
+
+class Case(NamedTuple):
+    name: str
+    places: Callable[[np.random.Generator], Places]
+    window: int | None = None
+    q_scale: float = 1.0  # large: one key takes everything
+    sink: float = 0.0  # added to every sink
+
+
+class Inputs(NamedTuple):
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    sinks: np.ndarray
+    places: Places
+
+
+# Tokens seen before: nothing, one, around the window, around twice the window, nearly all.
+LENGTHS = (0, 1, W - 1, W, W + 1, 2 * W, 2 * W + 1, S - T, 5)
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Random float32 arrays for a case, the same ones every time."""
+    rng = np.random.default_rng([ord(letter) for letter in case.name])
+    places = case.places(rng)
+    batch, num_queries = places.q_positions.shape
+    num_keys = places.k_positions.shape[1]
+    q = case.q_scale * rng.standard_normal((batch, num_queries, N, H), np.float32)
+    k, v = rng.standard_normal((2, batch, num_keys, K, H), np.float32)
+    sinks = case.sink + rng.standard_normal(N, np.float32)
+    return Inputs(q, k, v, sinks.astype(np.float32), places)
+
+
+def _count(start: int, stop: int, size: int) -> np.ndarray:
+    """start..stop-1, then -1 up to `size`."""
+    return np.concatenate([np.arange(start, stop), np.full(size - (stop - start), -1)])
+
+
+def _rows(rows) -> np.ndarray:
+    return np.stack(list(rows)).astype(np.int32)
+
+
+def whole_sequences(rng) -> Places:
+    """Rows of S tokens and fewer, each attending to itself, padded on the right."""
+    positions = _rows(_count(0, S - 3 * row, S) for row in range(B))
+    return Places(positions, positions)
+
+
+def chunks(rng) -> Places:
+    """T new tokens after LENGTHS old ones in a cache of S slots; later rows have fewer new ones."""
+    new = [T - row for row in range(B)]
+    return Places(
+        _rows(_count(n, n + t, T) for n, t in zip(LENGTHS, new, strict=True)),
+        _rows(_count(0, n + t, S) for n, t in zip(LENGTHS, new, strict=True)),
+    )
+
+
+def one_token(rng) -> Places:
+    """The next token after LENGTHS; its key is in the cache already."""
+    return Places(
+        np.asarray(LENGTHS, np.int32)[:, None], _rows(_count(0, n + 1, S) for n in LENGTHS)
+    )
+
+
+def ring_of(length: int) -> np.ndarray:
+    """Position p lies in slot p % W; later positions overwrite earlier ones."""
+    slots = np.full(W, -1)
+    for position in range(length):
+        slots[position % W] = position
+    return slots
+
+
+def one_token_on_rings(rng) -> Places:
+    return Places(np.asarray(LENGTHS, np.int32)[:, None], _rows(ring_of(n + 1) for n in LENGTHS))
+
+
+def chunks_beside_rings(rng) -> Places:
+    """T new tokens attend to the old ring and to each other."""
+    queries = _rows(np.arange(n, n + T) for n in LENGTHS)
+    return Places(queries, np.concatenate([_rows(map(ring_of, LENGTHS)), queries], axis=1))
+
+
+def shuffled(rng) -> Places:
+    """Keys and queries in no order at all."""
+    queries, keys = chunks(rng)[:2]
+    return Places(rng.permuted(queries, axis=1), rng.permuted(keys, axis=1))
+
+
+def documents(rng) -> Places:
+    """Rows of several documents; positions start again in each one, the rest is padding."""
+    lengths = rng.integers(1, S // 4, (B, 4))
+    positions, segments = np.full((2, B, S), -1, np.int32)
+    for row, ends in enumerate(lengths.cumsum(axis=1)):
+        for document, (end, length) in enumerate(zip(ends, lengths[row], strict=True)):
+            positions[row, end - length : end] = np.arange(length)
+            segments[row, end - length : end] = document
+    return Places(positions, positions, segments, segments)
+
+
+def nothing_to_see(rng) -> Places:
+    """Empty caches, padding tokens, keys that all lie in the future: only the sink is left."""
+    queries, keys = chunks(rng)[:2]
+    queries[0] = -1
+    keys[1:3] = -1
+    keys[3] = np.where(keys[3] >= 0, keys[3] + 1000, -1)
+    return Places(queries, keys)
+
+
+def many_queries(rng) -> Places:
+    """More queries than one block of any implementation, and not a whole number of blocks."""
+    positions = _rows([np.arange(293), _count(0, 261, 293)])
+    return Places(positions, positions)
+
+
+CASES = (
+    Case("whole sequences", whole_sequences),
+    Case("whole sequences, window", whole_sequences, window=W),
+    Case("window of one", whole_sequences, window=1),
+    Case("chunks", chunks),
+    Case("chunks, window", chunks, window=W),
+    Case("one token", one_token),
+    Case("one token, window", one_token, window=W),
+    Case("one token, ring", one_token_on_rings, window=W),
+    Case("chunks beside rings", chunks_beside_rings, window=W),
+    Case("shuffled", shuffled),
+    Case("shuffled, window", shuffled, window=W),
+    Case("documents", documents),
+    Case("documents, window", documents, window=W),
+    Case("nothing to see", nothing_to_see),
+    Case("many queries", many_queries),
+    Case("many queries, window", many_queries, window=131),
+    Case("sharp", chunks, q_scale=40.0),
+    Case("sinks take all", chunks, sink=60.0),
+    Case("sinks take nothing", chunks, sink=-1e4),
+)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with a weight matrix and look-ups in one, in forms that every backend does well.
+
+XLA's CPU backend widens a whole bfloat16 matrix to float32 to multiply it with a single row or to
+take rows out of it: 2.2 GiB for the vocabulary of 20b, each step. Neither form here makes it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from gptoss_jax.shapes import Array
+
+
+def linear(
+    x: Float[Array, "... inputs"], kernel: Float[Array, "outputs inputs"]
+) -> Float[Array, "... outputs"]:
+    """x times the transpose of kernel, in float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1 and kernel.dtype == jnp.bfloat16:
+        y = jax.lax.platform_dependent(rows, kernel, cpu=_row_twice, default=_product)
+    else:
+        y = _product(rows, kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def _product(rows, kernel):
+    return jnp.einsum("ri,oi->ro", rows, kernel, preferred_element_type=jnp.float32)
+
+
+def _row_twice(row, kernel):
+    """Two rows are multiplied as they are, without a wider copy of the matrix."""
+    return _product(jnp.concatenate([row, row]), kernel)[:1]
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the table."""
+    return _look_up_bits(table, tokens) if table.dtype == jnp.bfloat16 else table[tokens]
+
+
+@jax.custom_vjp
+def _look_up_bits(table, tokens):
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+    return jax.lax.bitcast_convert_type(bits, table.dtype)
+
+
+def _forward(table, tokens):
+    return _look_up_bits(table, tokens), (table, tokens)
+
+
+def _backward(residuals, gradient):
+    table, tokens = residuals
+    by_row = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return by_row.astype(table.dtype), np.zeros(tokens.shape, jax.dtypes.float0)
+
+
+_look_up_bits.defvjp(_forward, _backward)

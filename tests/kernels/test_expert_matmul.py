@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every implementation of the experts' network over the shared cases, against NumPy float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from experts_oracle import Arrays, decoded, experts
+from nearness import assert_near
+
+from gptoss_jax.kernels.expert_matmul import cases, expert_mlp, reference
+from gptoss_jax.kernels.expert_matmul.api import IMPLEMENTATIONS
+from gptoss_jax.mxfp4 import Mxfp4
+
+NAMES = ("x", "weights", "gate_up", "gate_up_bias", "down", "down_bias")
+everywhere = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+EVERY_CASE = [
+    (case, dtype, kind)
+    for case in cases.CASES
+    for dtype, kind in (("float32", "plain"), ("float32", "packed"), ("bfloat16", "packed"))
+    if dtype == "float32" or case.name in ("at random", "one row")
+]
+
+
+def named(name: str) -> cases.Case:
+    return next(case for case in cases.CASES if case.name == name)
+
+
+@functools.cache
+def exact(case: cases.Case, dtype: str, kind: str):
+    """Inputs rounded to dtype, an upstream gradient, and what float64 makes of them."""
+    inputs = cases.make_inputs(case)
+    if kind == "packed":
+        gate_up, down = decoded(*inputs.gate_up_bytes), decoded(*inputs.down_bytes)
+        inputs = inputs._replace(gate_up=gate_up, down=down)
+    rounded = {name: as_stored(name, getattr(inputs, name), dtype) for name in NAMES}
+    inputs = inputs._replace(**rounded)
+    dout = as_stored("dout", np.random.default_rng(1).standard_normal(inputs.x.shape), dtype)
+    wide = Arrays(*(getattr(inputs, name).astype(np.float64) for name in NAMES))
+    wide = wide._replace(x=flat(wide.x), weights=flat(wide.weights))
+    options = {"alpha": cases.ALPHA, "limit": cases.LIMIT, "dout": flat(dout).astype(np.float64)}
+    out, slopes = experts(wide, flat(inputs.ids), **options)
+    slopes = slopes._replace(
+        x=slopes.x.reshape(inputs.x.shape), weights=slopes.weights.reshape(inputs.weights.shape)
+    )
+    return inputs, dout, out.reshape(inputs.x.shape), slopes
+
+
+def as_stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """Rounded as the model would keep it: the router's weights stay float32."""
+    stored = jnp.asarray(array, "float32" if name == "weights" else dtype)
+    return np.asarray(stored).astype(np.float32)
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1, array.shape[-1])
+
+
+@functools.cache
+def program(implementation: str):
+    """Output and gradients, compiled once for all cases of one shape."""
+
+    @jax.jit
+    def run(arrays, ids, bytes_, dout):
+        out, pull = jax.vjp(lambda arrays: through(arrays, ids, bytes_, implementation), arrays)
+        return out, pull(dout)[0]
+
+    return run
+
+
+def through(arrays: dict, ids, bytes_: dict, implementation: str):
+    """The op on arrays and bytes by their names; alpha and limit are those of the cases."""
+    given = arrays | bytes_
+    return expert_mlp(
+        given["x"],
+        ids,
+        *(given[name] for name in NAMES[1:]),
+        alpha=cases.ALPHA,
+        limit=cases.LIMIT,
+        implementation=implementation,
+    )
+
+
+def on_device(inputs: cases.Inputs, dtype: str, kind: str):
+    """Floating-point arrays, ids, and bytes in place of some of the arrays."""
+    bytes_ = {}
+    if kind == "packed":
+        bytes_ = {"gate_up": packed(*inputs.gate_up_bytes), "down": packed(*inputs.down_bytes)}
+    names = [name for name in NAMES if name not in bytes_]
+    kept = {name: "float32" if name == "weights" else dtype for name in names}
+    arrays = {name: jnp.asarray(getattr(inputs, name), kept[name]) for name in names}
+    return arrays, jnp.asarray(inputs.ids), bytes_
+
+
+def packed(blocks: np.ndarray, scales: np.ndarray) -> Mxfp4:
+    return Mxfp4(jnp.asarray(blocks), jnp.asarray(scales))
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("case", "dtype", "kind"), EVERY_CASE, ids=lambda part: getattr(part, "name", part)
+)
+def test_output_and_gradients(case, dtype, kind, implementation):
+    inputs, dout, out64, slopes64 = exact(case, dtype, kind)
+    given = (*on_device(inputs, dtype, kind), jnp.asarray(dout, dtype))
+    run = program(implementation)
+
+    with jax.default_matmul_precision("highest"):
+        out, slopes = run(*given)
+        again = run(*given)
+
+    assert out.dtype == dtype
+    assert_near("out", out, out64, cases.TOLERANCES[dtype])
+    for name, got in slopes.items():
+        assert got.dtype == given[0][name].dtype
+        assert_near(f"d{name}", got, getattr(slopes64, name), cases.GRADIENT_TOLERANCES[dtype])
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), (out, slopes), again)
+    assert all(jax.tree.leaves(same)), "a second run gave something else"
+
+
+def test_the_oracle_s_gradients_are_slopes():
+    inputs, dout, _, slopes = exact(named("clamped"), "float32", "plain")
+    wide = Arrays(*(getattr(inputs, name).astype(np.float64) for name in NAMES))
+    wide = wide._replace(x=flat(wide.x), weights=flat(wide.weights))
+    rng = np.random.default_rng(2)
+
+    for name, values in wide._asdict().items():
+        direction = rng.standard_normal(values.shape)
+        ahead, behind = (
+            experts(
+                wide._replace(**{name: values + step * direction}),
+                flat(inputs.ids),
+                alpha=cases.ALPHA,
+                limit=cases.LIMIT,
+            )
+            for step in (1e-7, -1e-7)
+        )
+        slope = ((ahead - behind) * flat(dout)).sum() / 2e-7
+        expected = (getattr(slopes, name).reshape(direction.shape) * direction).sum()
+        assert slope == pytest.approx(expected, rel=1e-5)
+
+
+@everywhere
+@pytest.mark.parametrize("rows", [2, 60])  # the form for few rows, and the one for many
+class TestOneHotRowsReadTheDecodedWeights:
+    """With alpha 0 the activation is gate / 2 * (up + 1), so weights come back bit for bit."""
+
+    def test_gate(self, implementation, rows):
+        blocks, scales = self.random_bytes(3, 250, cases.E, 2, cases.F, cases.D // 32)
+        blocks[:, 1] = 0  # up is its bias, 1: the activation is the gate itself
+        chosen, columns = self.some_of(cases.D, rows)
+
+        got = self.activations((blocks, scales), [0.0, 1.0], chosen, columns, implementation)
+
+        expected = decoded(blocks, scales)[chosen, 0, : cases.D, columns]
+        assert (got == expected).all()
+
+    def test_up(self, implementation, rows):
+        blocks, scales = self.random_bytes(122, 132, cases.E, 2, cases.F, cases.D // 32)
+        blocks[:, 0] = 0  # the gate is its bias, 2: the activation is up + 1
+        chosen, columns = self.some_of(cases.D, rows)
+
+        got = self.activations((blocks, scales), [2.0, 0.0], chosen, columns, implementation)
+
+        expected = decoded(blocks, scales)[chosen, 1, : cases.D, columns]
+        assert (got - 1 == expected).all()
+
+    def test_down(self, implementation, rows):
+        down = self.random_bytes(3, 250, cases.E, cases.D, cases.F // 32)
+        chosen, _ = self.some_of(cases.D, rows)
+        columns = (61 * np.arange(cases.E) + rows) % cases.F  # one of each expert
+        bias = np.zeros((cases.E, 2, cases.F), np.float32)
+        bias[:, 0], bias[:, 1] = 2.0, -1.0  # up + 1 = 0 closes every unit
+        bias[np.arange(cases.E), 1, columns] = 0.0  # but one: its activation is 2 / 2 * (0 + 1)
+        gate_up = self.random_bytes(127, 128, cases.E, 2, cases.F, cases.D // 32)
+        gate_up[0][:] = 0
+
+        got = run_one_hot(gate_up, bias, down, chosen, 0 * chosen, implementation)
+
+        assert (got == decoded(*down)[chosen, :, columns[chosen]]).all()
+
+    def random_bytes(self, lowest: int, highest: int, *shape: int):
+        rng = np.random.default_rng(4)
+        blocks = rng.integers(0, 256, (*shape, 16), np.uint8)
+        return blocks, rng.integers(lowest, highest, shape, np.uint8)
+
+    def some_of(self, size: int, rows: int):
+        """Experts in turn, and a column for each row."""
+        return np.arange(rows) % cases.E, np.random.default_rng(rows).integers(0, size, rows)
+
+    def activations(self, gate_up, biases, chosen, columns, implementation):
+        """The first D activations, copied to the output by a `down` that is the identity."""
+        identity = np.zeros((cases.E, cases.D, cases.F // 32, 16), np.uint8)
+        for unit in range(cases.D):
+            # Code 2 is 1.0; an odd unit lies in the high nibble.
+            identity[:, unit, unit // 32, unit % 32 // 2] = 2 << (4 * (unit % 2))
+        down = identity, np.full(identity.shape[:-1], 127, np.uint8)
+        bias = np.empty((cases.E, 2, cases.F), np.float32)
+        bias[:] = np.array(biases)[None, :, None]
+        return run_one_hot(gate_up, bias, down, chosen, columns, implementation)
+
+
+def run_one_hot(gate_up, bias, down, chosen, columns, implementation) -> np.ndarray:
+    """Row r is one at columns[r] and goes to expert chosen[r] alone."""
+    x = np.zeros((1, len(chosen), cases.D), np.float32)
+    x[0, np.arange(len(chosen)), columns] = 1.0
+    out = one_hot_program(implementation)(
+        jnp.asarray(x),
+        jnp.asarray(chosen)[None, :, None],
+        jnp.ones((1, len(chosen), 1)),
+        packed(*gate_up),
+        jnp.asarray(bias),
+        packed(*down),
+        jnp.zeros((cases.E, cases.D)),
+    )
+    return np.asarray(out)[0].astype(np.float64)
+
+
+@functools.cache
+def one_hot_program(implementation: str):
+    options = {"alpha": 0.0, "limit": 1e38, "implementation": implementation}
+    return jax.jit(functools.partial(expert_mlp, **options))
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_forms_of_the_reference_agree(kind, monkeypatch):
+    given = on_device(cases.make_inputs(named("in steps")), "float32", kind)
+
+    monkeypatch.setattr(reference, "FEW_PAIRS", 0)
+    by_experts = through(*given, "xla")
+    monkeypatch.setattr(reference, "FEW_PAIRS", given[1].size)
+    by_pairs = through(*given, "xla")
+
+    np.testing.assert_allclose(by_experts, by_pairs, atol=1e-5)
+
+
+def test_bad_arguments():
+    inputs = cases.make_inputs(cases.CASES[0])
+    gate_up, down = packed(*inputs.gate_up_bytes), packed(*inputs.down_bytes)
+    given = {"gate_up": gate_up, "down": down}
+    for name in ("x", "gate_up_bias", "down_bias"):
+        given[name] = jnp.asarray(getattr(inputs, name))
+    given["expert_ids"], given["expert_weights"] = map(jnp.asarray, (inputs.ids, inputs.weights))
+    options = {"alpha": cases.ALPHA, "limit": cases.LIMIT}
+
+    with pytest.raises(ValueError, match=r"implementation: expected None or one of .*xla"):
+        expert_mlp(**given, **options, implementation="cuda")
+    with pytest.raises(ValueError, match=r"expected \[E D F\] = \[10, 160, 224\].*axes swapped"):
+        swapped = Mxfp4(down.blocks.swapaxes(1, 2), down.scales.swapaxes(1, 2))
+        expert_mlp(**given | {"down": swapped}, **options)
