@@ -144,7 +144,7 @@ def _maybe_sum(rng: random.Random, binary_share: float) -> Sum | None:
 def _draw_sum(rng: random.Random, binary_share: float, *, held_out: bool) -> Sum:
     while True:
         if rng.random() < binary_share:
-            sum_ = Sum(*(rng.randrange(2 ** rng.randint(1, 6)) for _ in "ab"), base=2)
+            sum_ = Sum(*(rng.randrange(2 ** rng.randint(1, 4)) for _ in "ab"), base=2)
         else:
             sum_ = Sum(*(rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3))) for _ in "ab"))
         if sum_.held_out == held_out:

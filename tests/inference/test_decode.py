@@ -177,14 +177,14 @@ def test_rows_alone_in_any_order_and_beside_spare_rows_are_the_same(decoder):
     reordered = run([2, 0, 3, 1])
     assert same(reordered, [together[row] for row in [2, 0, 3, 1]])
     assert same(run([1, 3, 2]), [together[row] for row in [1, 3, 2]])  # and one spare row
-    assert same(run([0]), together[:1])  # greedy: another program
+    assert same(run([0, 0, 0]), together[:1] * 3)  # the program without draws and penalties
     assert same(run([1]), together[1:2])
 
 
 @pytest.mark.parametrize(
     ("how", "tokens_per_dispatch"),
-    [(GREEDY, 1), (GREEDY, 5), (GREEDY, 16), (EVERYTHING, 16), (EVERYTHING, None)],
-    ids=["greedy-1", "greedy-5", "greedy-16", "everything-16", "everything-None"],
+    [(GREEDY, 1), (GREEDY, 16), (EVERYTHING, 16), (EVERYTHING, None)],
+    ids=["greedy-1", "greedy-16", "everything-16", "everything-None"],
 )
 def test_streaming_is_generating(decoder, how, tokens_per_dispatch):
     prompts = prompts_of([3, 12, 9, 1], seed=1)
