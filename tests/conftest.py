@@ -42,7 +42,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> ModelConfig:
     """A gpt-oss whose axes all differ: no wrong axis fits by chance, as with N = H = 64."""
     return ModelConfig(

@@ -62,8 +62,22 @@ def train(
     finite stops the run with FloatingPointError.
     """
     graph, params = nnx.split(model)
+    params = jax.tree.map(jnp.copy, params)  # the step donates what it is given
+    moments = optimisation.build().init(params)
+    step = _step_program(graph, optimisation, mxfp4_experts)
+    for number in range(1, optimisation.steps + 1):
+        params, moments, loss = step(params, moments, next(batches))
+        loss = float(loss)
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"loss: expected a finite number, got {loss} at step {number}")
+        on_step(number, loss)
+    return nnx.merge(graph, params)
+
+
+@functools.lru_cache(maxsize=4)
+def _step_program(graph, optimisation: Optimisation, mxfp4_experts: bool):
+    """The jitted step of one model structure; it donates parameters and moments."""
     optimiser = optimisation.build()
-    moments = optimiser.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, moments, batch):
@@ -72,16 +86,11 @@ def train(
             return next_token_loss(nnx.merge(graph, seen), batch)
 
         loss, gradient = jax.value_and_grad(loss_of)(params)
-        updates, moments = optimiser.update(gradient, moments, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its step count with floats
+            updates, moments = optimiser.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, loss
 
-    for number in range(1, optimisation.steps + 1):
-        params, moments, loss = step(params, moments, next(batches))
-        loss = float(loss)
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"loss: expected a finite number, got {loss} at step {number}")
-        on_step(number, loss)
-    return nnx.merge(graph, params)
+    return step
 
 
 def _round_experts(params):

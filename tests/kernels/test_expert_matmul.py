@@ -16,18 +16,17 @@ from gptoss_jax.kernels.expert_matmul.nibbles import unpack_halves
 from gptoss_jax.mxfp4 import Mxfp4
 
 NAMES = ("x", "weights", "gate_up", "gate_up_bias", "down", "down_bias")
-everywhere = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 KINDS = (("float32", "plain"), ("float32", "packed"), ("bfloat16", "packed"))
-# Every shape compiles anew, so the odd ones run on plain weights only.
-EVERY_CASE = [
-    (case, dtype, kind)
-    for case in cases.CASES
-    for dtype, kind in KINDS
-    if kind == "plain"
-    or case.shape == (cases.B, cases.T)
-    and (dtype == "float32" or case.name == "at random")
-    or case.name == "one row"
-]
+PLAIN_ONLY = ("two rows", "three rows", "one row, one expert", "many rows")  # others compile less
+
+
+def selected(case: cases.Case, dtype: str, kind: str) -> bool:
+    if dtype == "bfloat16":
+        return case.name in ("at random", "one row")
+    return kind == "plain" or case.name not in PLAIN_ONLY
+
+
+EVERY_CASE = [(case, *kind) for case in cases.CASES for kind in KINDS if selected(case, *kind)]
 everywhere = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 
 
@@ -252,11 +251,13 @@ def test_halves_are_the_published_values_bit_for_bit():
     even, odd = unpack_halves(Mxfp4(blocks, scales), jnp.float32)
 
     both = np.stack([even, odd], axis=-1).reshape(256, -1)
-    values = decoded(np.asarray(blocks), np.asarray(scales)).astype(np.float32)
+    with np.errstate(over="ignore"):  # 6 * 2^127 is infinite in float32
+        values = decoded(np.asarray(blocks), np.asarray(scales)).astype(np.float32)
     assert np.isnan(both[255]).all()
-    normal = np.abs(values) >= np.finfo(np.float32).tiny  # smaller ones may be flushed to zero
-    assert (both == values)[:255][normal[:255] | (values[:255] == 0)].all()
-    assert normal[2:255].sum() == 253 * 512 * 14 // 16  # all but plus and minus zero
+    # The scale of byte 0, 2^-127, and smaller values are not normal: the hardware may drop them.
+    normal = (np.abs(values) >= np.finfo(np.float32).tiny) | (values == 0)
+    assert (both == values)[1:255][normal[1:255]].all()
+    assert normal[2:255].all()
 
 
 def test_bad_arguments():

@@ -13,6 +13,7 @@ from flax import nnx
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import E2M1
+from gptoss_jax.training import trainer
 from gptoss_jax.training.data import Batch, Row, batches, tokenize
 from gptoss_jax.training.loss import next_token_loss
 from gptoss_jax.training.trainer import Optimisation, train
@@ -40,9 +41,15 @@ def batch(rows) -> Batch:
     return next(batches(iter(rows), batch_size=9, length=17, max_prefixes=3, prefix_length=14))
 
 
+@pytest.fixture(scope="module")
+def make_model(config):
+    """A function that makes one and the same model anew; compiled once."""
+    return nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), experts="bf16"))
+
+
 @pytest.fixture
-def model(config):
-    return nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), experts="bf16"))()
+def model(make_model):
+    return make_model()
 
 
 def test_weights_are_on_what_the_assistant_writes():
@@ -104,12 +111,11 @@ def _forward(model, tokens):
     return model(tokens)
 
 
-def test_training_learns_and_repeats_itself(config, batch):
+def test_training_learns_and_repeats_itself(make_model, batch):
     def losses() -> list[float]:
         seen = []
-        fresh = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), experts="bf16"))()
         train(
-            fresh,
+            make_model(),
             itertools.repeat(batch),
             OPTIMISATION,
             mxfp4_experts=True,
@@ -127,15 +133,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, batch):
     model.unembed[...] = jnp.full_like(model.unembed[...], jnp.nan)
 
     with pytest.raises(FloatingPointError, match="at step 1"):
-        train(model, itertools.repeat(batch), OPTIMISATION)
+        train(model, itertools.repeat(batch), OPTIMISATION, mxfp4_experts=True)
 
 
-def test_experts_are_seen_rounded_but_learn_as_if_they_were_not(config, batch, monkeypatch):
-    from gptoss_jax.training import trainer
-
-    model = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), experts="bf16"))()
+def test_experts_are_seen_rounded_but_learn_as_if_they_were_not(model):
     _, params = nnx.split(model)
 
+    @jax.jit
     def weighed(params):
         seen = trainer._round_experts(params)
         return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(seen)), seen
