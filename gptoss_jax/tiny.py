@@ -134,9 +134,12 @@ def _save(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def held_out_sums(seed: int, number: int, effort: str = "medium") -> list[Example]:
-    """Sums that no training run has seen."""
-    rng = random.Random(f"held out {seed}")
-    return [draw(rng, held_out=True, effort=effort) for _ in range(number)]
+    """Different sums that no training run has seen."""
+    rng, examples = random.Random(f"held out {seed}"), {}
+    while len(examples) < number:
+        example = draw(rng, held_out=True, effort=effort)
+        examples.setdefault(example.sum, example)
+    return list(examples.values())
 
 
 def accuracy(
