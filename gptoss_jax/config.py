@@ -149,7 +149,7 @@ class ModelConfig:
         problems = _unknown_keys(fields, known) + _missing_keys(fields, known)
         if problems:
             raise ConfigError(_not_gpt_oss("original/config.json", problems))
-        rope = RopeConfig(**{ours: fields[theirs] for theirs, ours in rope_names.items()})
+        rope = _rope_config({ours: fields[theirs] for theirs, ours in rope_names.items()})
         return cls(
             **{ours: fields[theirs] for theirs, ours in names.items()},
             rope=rope,
@@ -168,6 +168,7 @@ class ModelConfig:
             "layer_types": kinds,
             "max_position_embeddings": self.max_context,
             "initial_context_length": self.rope.original_context,
+            "swiglu_alpha": self.swiglu_alpha,
             "rope_theta": self.rope.theta,
             "rope_scaling": {
                 "rope_type": "yarn",
@@ -295,12 +296,14 @@ class _HfReader:
         self.problems += problems
         if problems:
             return None
-        return RopeConfig(
-            theta=theta,
-            scaling_factor=rope["factor"],
-            original_context=rope["original_max_position_embeddings"],
-            beta_fast=rope["beta_fast"],
-            beta_slow=rope["beta_slow"],
+        return _rope_config(
+            {
+                "theta": theta,
+                "scaling_factor": rope["factor"],
+                "original_context": rope["original_max_position_embeddings"],
+                "beta_fast": rope["beta_fast"],
+                "beta_slow": rope["beta_slow"],
+            }
         )
 
     def _check_agreement(self, rope: RopeConfig | None) -> None:
@@ -323,6 +326,16 @@ class _HfReader:
                 "quantization_config.quant_method: expected 'mxfp4' or no quantization_config, "
                 f"got {quantization['quant_method']!r}; use the published or a BF16 checkpoint"
             )
+
+
+def _rope_config(fields: dict[str, Any]) -> RopeConfig:
+    """The files write whole numbers where floats are meant; what is no number stays as it is."""
+
+    def as_float(name: str) -> Any:
+        value = fields[name]
+        return float(value) if type(value) is int and name != "original_context" else value
+
+    return RopeConfig(**{name: as_float(name) for name in fields})
 
 
 def _numbers(config: ModelConfig) -> list[tuple[str, Any]]:

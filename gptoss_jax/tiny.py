@@ -77,7 +77,7 @@ class Recipe:
         return recipe
 
 
-def _unknown_keys(kind: type, fields: dict, where: str = "") -> Iterator[str]:
+def _unknown_keys(kind: typing.Any, fields: dict, where: str = "") -> Iterator[str]:
     """One line for every key of a table that the dataclass, or one nested in it, does not have."""
     known = {field.name: field.type for field in dataclasses.fields(kind)}
     for key, value in fields.items():
@@ -197,7 +197,7 @@ def _reporter(stage: int, steps: int):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="gets a folder for each stage")
     parser.add_argument("--first-stage", type=int, default=1, help="take a run up again there")

@@ -8,6 +8,7 @@ model and no text; decode.py calls `choose` once a step.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays
         tokens[index, : len(row.logit_bias)] = list(row.logit_bias.keys())
         values[index, : len(row.logit_bias)] = list(row.logit_bias.values())
 
-    def column(name: str, dtype=np.float32, most=math.inf):
+    def column(name: str, dtype: Any = np.float32, most: float = math.inf):
         return jnp.asarray(np.array([min(getattr(row, name), most) for row in rows], dtype))
 
     return SamplingArrays(

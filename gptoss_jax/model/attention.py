@@ -90,6 +90,7 @@ class Attention(nnx.Module):
 
     def extend(self, x: Hidden, place: Place, cache: LayerCache) -> tuple[Hidden, LayerCache]:
         """Attention to the cache and the new tokens, which join it."""
+        assert place.lengths is not None, "a call with a cache says what is in it"
         q, k, v = self._project(x, place)
         kept, seen, k_positions = extend_layer(
             cache, k, v, positions=place.positions, lengths=place.lengths, window=self.window

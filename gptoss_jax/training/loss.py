@@ -16,9 +16,9 @@ def next_token_loss(model: Transformer, batch: Batch) -> Float[Array, ""]:
     starts, start_length = batch.prefixes.shape
     length = batch.tokens.shape[1]
     cache = empty_cache(model.config, starts, start_length + length, model.embed.dtype)
-    _, cache = model.extend(batch.prefixes, batch.prefix_lengths, cache)
+    _, cache = model.extend(jnp.asarray(batch.prefixes), jnp.asarray(batch.prefix_lengths), cache)
     cache = jax.tree.map(lambda leaf: leaf[batch.prefix], cache)
-    hidden, _ = model.extend(batch.tokens, batch.lengths, cache)
+    hidden, _ = model.extend(jnp.asarray(batch.tokens), jnp.asarray(batch.lengths), cache)
     log_probabilities = jax.nn.log_softmax(model.logits(hidden[:, :-1]), axis=-1)
     targets = batch.tokens[:, 1:, None]
     nats = -jnp.take_along_axis(log_probabilities, targets, axis=-1)[..., 0]

@@ -9,7 +9,7 @@ Arguments are checked in api.py.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def expert_mlp(
     experts = Experts(gate_up, gate_up_bias, down, down_bias)
     rows = x.reshape(-1, x.shape[-1])
     num_active = expert_ids.shape[-1]
-    y = _combined(
+    y: Any = _combined(
         _Static(alpha, limit),
         rows,
         expert_ids.reshape(-1, num_active),
@@ -96,7 +96,7 @@ def _through_one(static: _Static, x: Float[Array, "R D"], expert: Experts) -> Fl
     return (y + expert.down_bias.astype(jnp.float32)[:, None]).T
 
 
-def _product(weights: Float[Array, "*out I"] | Halves, rows: Float[Array, "I R"]):
+def _product(weights: Any, rows: Float[Array, "I R"]):
     """`[*out, R]` in float32.
 
     The weights stand on the left: for up to 32 rows XLA's CPU products are 1.3 to 1.7 times as
@@ -168,7 +168,8 @@ def _sort(ids: Int[Array, "R A"], num_experts: int) -> _Sorted:
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     starts = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1))
-    return _Sorted(order, starts.astype(jnp.int32), _tile(*ids.shape, num_experts))
+    num_tokens, num_active = ids.shape
+    return _Sorted(order, starts.astype(jnp.int32), _tile(num_tokens, num_active, num_experts))
 
 
 def _tile(num_tokens: int, num_active: int, num_experts: int) -> int:
@@ -267,7 +268,8 @@ def _backward(static, residuals, dy: Float[Array, "R D"]):
 def _trainable(of_one: Experts, experts: Experts) -> Experts:
     """Drop what belongs to packed weights: bytes have no gradient."""
     pairs = zip(of_one, experts, strict=True)
-    return Experts(*(None if isinstance(all_, Mxfp4) else one for one, all_ in pairs))
+    kept: list[Any] = [None if isinstance(all_, Mxfp4) else one for one, all_ in pairs]
+    return Experts(*kept)
 
 
 def _cotangent(primal, gradient):
