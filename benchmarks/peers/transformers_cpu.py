@@ -29,7 +29,6 @@ PROMPT = 512
 STEPS = 32
 PACKED = "gptoss_jax, packed"
 OURS = "gptoss_jax"
-GATHERING = "batched_mm"  # copies the weights of every pair: 14 GB a layer for the prompt
 
 
 def main() -> None:
@@ -50,11 +49,7 @@ def main() -> None:
     for task, batch in (("prefill", 1), ("decode", 1), ("decode", 8)):
         name = f"{task} b{batch}"
         given = prompts(batch, PROMPT if task == "prefill" else options.context)
-        runs = {
-            who: side.prepare(task, given)
-            for who, side in sides.items()
-            if not (task == "prefill" and who.endswith(GATHERING))
-        }
+        runs = {who: side.prepare(task, given) for who, side in sides.items()}
         check_agreement(name, runs)
         times = interleaved({who: run for who, (run, _) in runs.items()}, options.repeats)
         tokens = batch * (PROMPT if task == "prefill" else STEPS)

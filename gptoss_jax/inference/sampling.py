@@ -132,7 +132,7 @@ def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays
         tokens[index, : len(row.logit_bias)] = list(row.logit_bias.keys())
         values[index, : len(row.logit_bias)] = list(row.logit_bias.values())
 
-    def column(name: str, dtype: Any = np.float32, most: float = math.inf):
+    def column(name: str, dtype: Any = np.float32, most: int | float = math.inf):
         return jnp.asarray(np.array([min(getattr(row, name), most) for row in rows], dtype))
 
     return SamplingArrays(
