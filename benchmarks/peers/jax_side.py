@@ -71,15 +71,15 @@ def packed_twin(model: Transformer) -> Transformer:
 class JaxSide:
     """Prefill and greedy decoding by the `Decoder` that `generate` and `chat` use."""
 
-    def __init__(self, model: Transformer, steps: int):
+    def __init__(self, model: Transformer, steps: int, most_new: int):
         self.decoder = Decoder(model)
-        self.steps = steps
+        self.steps, self.most_new = steps, most_new
 
     def prepare(self, task: str, prompts: np.ndarray) -> tuple[Callable[[], object], np.ndarray]:
         """A run to time, already compiled, and the greedy tokens after the prompts."""
         rows = [row.tolist() for row in prompts]
         greedy = [Sampling(temperature=0.0)] * len(rows)
-        limits = [prompts.shape[1]] * len(rows)
+        limits = [self.most_new] * len(rows)
 
         def start():
             return self.decoder.start(rows, sampling=greedy, limits=limits, stop=())

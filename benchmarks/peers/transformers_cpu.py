@@ -34,7 +34,7 @@ OURS = "gptoss_jax"
 def main() -> None:
     options = read_options()
     use_cores(options.threads)
-    sides = build_sides(options.packed)
+    sides = build_sides(options.packed, most_new=STEPS * (options.repeats + 2))
     report = describe_machine(
         {"jax": jax.__version__, "torch": torch.__version__}
         | {"transformers": torch_side.version()}
@@ -76,13 +76,13 @@ def use_cores(number: int) -> None:
     torch.set_num_threads(number)
 
 
-def build_sides(packed: bool) -> dict[str, JaxSide | TorchSide]:
+def build_sides(packed: bool, most_new: int) -> dict[str, JaxSide | TorchSide]:
     config = mid_size_config()
     model = random_model(config)
     peer = torch_side.copy_of(model, config)
-    sides: dict[str, JaxSide | TorchSide] = {OURS: JaxSide(model, STEPS)}
+    sides: dict[str, JaxSide | TorchSide] = {OURS: JaxSide(model, STEPS, most_new)}
     if packed:
-        sides[PACKED] = JaxSide(packed_twin(model), STEPS)
+        sides[PACKED] = JaxSide(packed_twin(model), STEPS, most_new)
     beginnings: dict = {}
     for kind in torch_side.EXPERT_KINDS:
         sides[f"transformers, {kind}"] = TorchSide(peer, kind, STEPS, beginnings)
