@@ -2,7 +2,8 @@
 """Host work of a decode step: what one dispatch costs beyond the compiled program.
 
 A model of 24 layers whose arrays are tiny, so that the number of arguments is that of gpt-oss-20b
-and the arithmetic next to nothing. Host work is `bare + (idle - call)` of these views:
+and the arithmetic next to nothing. Host work of a dispatch is `bare + (idle - call)` of these
+views, that of a step is its share of a dispatch of 8 steps, as `chat` and `stream` run them:
 
     bare      a jitted call with the arguments and results of the real one whose program only
               touches one element of each array of the state: what jax does with flat leaves.
@@ -34,13 +35,14 @@ import numpy as np
 from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.peers.machine import describe_machine
+from gptoss_jax.benchmarking.machine import describe_machine
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.inference.decode import Decoder, Run
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.transformer import Transformer
 
 TARGET_MS = 0.3
+DISPATCH = 8  # steps that `chat` and `stream` run a dispatch
 BLOCK = 32  # tokens
 BLOCKS_A_RUN = 3  # of each kind; the run must not end before them
 
@@ -48,8 +50,7 @@ BLOCKS_A_RUN = 3  # of each kind; the run must not end before them
 def main() -> None:
     options = read_options()
     config = tiny_config(options.layers)
-    report = describe_machine({"jax": jax.__version__, "numpy": np.__version__})
-    report |= {"device": str(jax.devices()[0]), "load_before": os.getloadavg()[0]}
+    report = describe_machine() | {"load_before": os.getloadavg()[0]}
     report |= {"model": str(config), "rows": 1, "target_ms": TARGET_MS, "models": {}}
     for dtype in options.dtype:
         for experts in options.experts:
@@ -142,7 +143,9 @@ def measure(config: ModelConfig, experts: str, dtype: str, repeats: int) -> dict
         "weights": len(decoder.leaves),
         "state": len(run._state),
         "request": len(run._request),
-        "host_ms_per_step": host_work(rows, "min_ms"),
+        "host_ms_per_dispatch": host_work(rows, "min_ms"),
+        "steps_per_dispatch": DISPATCH,
+        "host_ms_per_step": host_work(rows, "min_ms") / DISPATCH,
         "rows": rows,
     }
 
@@ -231,7 +234,10 @@ def print_table(name: str, result: dict) -> None:
         times = " ".join(f"{row[kind]:>7.3f}ms" for kind in ("min_ms", "median_ms", "p90_ms"))
         print(f"  {meaning:<32} {times}")
     verdict = "within" if result["host_ms_per_step"] <= TARGET_MS else "above"
-    print(f"  host work a step: {result['host_ms_per_step']:.3f} ms, {verdict} {TARGET_MS} ms")
+    print(
+        f"  host work: {result['host_ms_per_dispatch']:.3f} ms a dispatch; with {DISPATCH} steps "
+        f"in it {result['host_ms_per_step']:.3f} ms a step, {verdict} {TARGET_MS} ms"
+    )
 
 
 if __name__ == "__main__":

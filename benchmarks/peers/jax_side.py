@@ -8,38 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptoss_jax.config import ModelConfig, RopeConfig
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.inference.decode import Decoder
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.moe import PackedParam
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import pack
-
-
-def mid_size_config() -> ModelConfig:
-    """Large enough that products dominate, small enough for two float32 copies in 8 GiB."""
-    return ModelConfig(
-        num_layers=8,
-        embed_dim=768,
-        num_heads=16,
-        num_kv_heads=2,
-        head_dim=64,
-        num_experts=32,
-        experts_per_token=4,
-        hidden_dim=768,
-        vocab_size=32768,
-        sliding_window=128,
-        rope=RopeConfig(
-            theta=150000.0,
-            scaling_factor=32.0,
-            original_context=4096,
-            beta_fast=32.0,
-            beta_slow=1.0,
-        ),
-        norm_eps=1e-5,
-        swiglu_alpha=1.702,
-        swiglu_limit=7.0,
-    )
 
 
 def random_model(config: ModelConfig) -> Transformer:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import transformers
 from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
 
 from gptoss_jax.config import ModelConfig
@@ -108,7 +107,3 @@ class TorchSide:
         self.model.config._experts_implementation = self.kind
         out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1:].argmax(dim=-1), out.past_key_values
-
-
-def version() -> str:
-    return transformers.__version__

@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.peers import torch_side
-from benchmarks.peers.jax_side import JaxSide, mid_size_config, packed_twin, random_model
-from benchmarks.peers.machine import describe_machine
+from benchmarks.peers.jax_side import JaxSide, packed_twin, random_model
 from benchmarks.peers.torch_side import TorchSide
+from gptoss_jax.benchmarking.machine import describe_machine
+from gptoss_jax.benchmarking.model import mid_size_config
 
 PROMPT = 512
 STEPS = 32
@@ -35,10 +35,7 @@ def main() -> None:
     options = read_options()
     use_cores(options.threads)
     sides = build_sides(options.packed, most_new=STEPS * (options.repeats + 2))
-    report = describe_machine(
-        {"jax": jax.__version__, "torch": torch.__version__}
-        | {"transformers": torch_side.version()}
-    )
+    report = describe_machine("torch", "transformers")
     report |= {
         "threads": options.threads,
         "prefill": PROMPT,
