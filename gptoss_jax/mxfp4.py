@@ -19,34 +19,73 @@ BLOCK = 32  # values that share a scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; codes 8..15 are their negatives
 
 
+# How the bytes lie on a device. X is the axis before the packed one: the outputs of a matrix.
+#   published    blocks [..., X, C, 16], scales [..., X, C]
+#   scales_last  blocks as published, scales [..., C, X]
+#   inputs_first blocks [..., C, 16, X], scales [..., C, X]
+ORDERS = ("published", "scales_last", "inputs_first")
+
+
 @nnx.dataclass
 class Mxfp4(nnx.Pytree):
-    """A tensor `[..., 32 * C]` as the published bytes.
+    """A tensor `[..., X, 32 * C]` as the published bytes, or as a permutation of them.
 
-    Leading axes are free, so a slice of the tensor is a slice of both members. The byte order
-    inside `blocks` is the published one; scale bytes 0 and 255 mean 2^-127 and NaN.
+    Leading axes are free, so a slice of the tensor is a slice of both members. Scale bytes 0 and
+    255 mean 2^-127 and NaN.
     """
 
-    blocks: UInt8[jax.Array, "... C 16"] = nnx.data()
-    scales: UInt8[jax.Array, "... C"] = nnx.data()
+    blocks: UInt8[jax.Array, "..."] = nnx.data()
+    scales: UInt8[jax.Array, "..."] = nnx.data()
+    order: str = nnx.static(default="published")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor the bytes stand for."""
-        *lead, num_blocks = self.scales.shape
-        return (*lead, num_blocks * BLOCK)
+        sizes = self.scales.shape
+        if self.order != "published":
+            sizes = (*sizes[:-2], sizes[-1], sizes[-2])
+        return (*sizes[:-1], sizes[-1] * BLOCK)
 
     def __getitem__(self, index) -> "Mxfp4":
-        """Index or slice leading axes; the packed axis stays whole."""
+        """Index or slice leading axes; X and the packed axis stay whole."""
         return jax.tree.map(lambda member: member[index], self)
 
+    def arranged(self, order: str) -> "Mxfp4":
+        """The same tensor with its bytes in another of ORDERS; jittable."""
+        if order == self.order:
+            return self
+        blocks, scales = self.blocks, self.scales
+        if self.order == "inputs_first":
+            blocks = jnp.moveaxis(blocks, -1, -3)
+        if order == "inputs_first":
+            blocks = jnp.moveaxis(blocks, -3, -1)
+        if (self.order == "published") != (order == "published"):
+            scales = scales.swapaxes(-1, -2)
+        return Mxfp4(blocks, scales, order)
 
-def check_mxfp4(name: str, blocks_shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> None:
+
+def check_mxfp4(
+    name: str,
+    blocks_shape: tuple[int, ...],
+    scales_shape: tuple[int, ...],
+    order: str = "published",
+) -> None:
     """Raise ValueError where blocks and scales cannot belong to one tensor."""
-    if blocks_shape != (*scales_shape, BLOCK // 2):
+    before, last = (1, *scales_shape)[-2:]
+    swapped = (*scales_shape[:-2], last, before)
+    layouts = {
+        "published": ("blocks [..., C, 16] and scales [..., C]", (*scales_shape, BLOCK // 2)),
+        "scales_last": ("blocks [..., X, C, 16] and scales [..., C, X]", (*swapped, BLOCK // 2)),
+        "inputs_first": (
+            "blocks [..., C, 16, X] and scales [..., C, X]",
+            (*scales_shape[:-1], BLOCK // 2, last),
+        ),
+    }
+    wanted, shape = layouts[order]
+    if blocks_shape != shape:
         raise ValueError(
-            f"{name}: expected blocks [..., C, 16] and scales [..., C], got blocks "
-            f"{list(blocks_shape)} and scales {list(scales_shape)}; are they of one tensor?"
+            f"{name}: expected {wanted}, got blocks {list(blocks_shape)} and scales "
+            f"{list(scales_shape)}; are they of one tensor?"
         )
 
 
@@ -64,6 +103,7 @@ def exponent_of_two(scales: UInt8[jax.Array, "..."]) -> Float[jax.Array, "..."]:
 def unpack(packed: Mxfp4, dtype=jnp.bfloat16) -> Float[jax.Array, "... X"]:
     """The values, exact for bfloat16 and float32 except that a value below the smallest normal
     number (scale bytes 0 and 1) may be flushed to zero by the hardware."""
+    packed = packed.arranged("published")
     table = jnp.asarray(E2M1 + tuple(-value for value in E2M1), jnp.float32)
     low, high = packed.blocks & 0xF, packed.blocks >> 4
     codes = jnp.stack([low, high], axis=-1).reshape(*packed.scales.shape, BLOCK)

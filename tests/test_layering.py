@@ -15,9 +15,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gptoss_jax"
 
 FLOORS = (
-    ("config", "shapes", "compat", "folders"),
+    ("config", "shapes", "compat", "device", "folders"),
     ("mxfp4", "sharding", "harmony"),
-    ("kernels", "kernels/sink_attention", "kernels/expert_matmul"),
+    ("kernels", "kernels/dispatch", "kernels/sink_attention", "kernels/expert_matmul"),
     ("model",),
     ("weights", "inference", "training", "research"),
     ("conversation", "tiny", "serving", "planning", "benchmarking"),
@@ -29,6 +29,8 @@ SAME_FLOOR = {
     ("cli", "__init__"),
     ("kernels", "kernels/sink_attention"),
     ("kernels", "kernels/expert_matmul"),
+    ("kernels/sink_attention", "kernels/dispatch"),
+    ("kernels/expert_matmul", "kernels/dispatch"),
 }
 LEAVES = {"weights/names"}  # import nothing from their own room either
 # Rooms that are not for everyone above them.

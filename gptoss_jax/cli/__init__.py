@@ -15,13 +15,14 @@ from collections.abc import Sequence
 import tyro
 
 import gptoss_jax
+from gptoss_jax.cli.bench import Bench
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.generate import Generate
 from gptoss_jax.cli.info import Info
 from gptoss_jax.cli.output import remark
 
 ABOUT = "OpenAI's gpt-oss in JAX. `gptoss --version` says which version this is."
-COMMANDS = {"chat": Chat, "generate": Generate, "info": Info}
+COMMANDS = {"chat": Chat, "generate": Generate, "info": Info, "bench": Bench}
 
 
 def run(arguments: Sequence[str]) -> int:

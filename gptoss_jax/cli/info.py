@@ -4,10 +4,13 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Column, Table
 
 import gptoss_jax
-from gptoss_jax.cli.options import Flag, OfCheckpoint
+from gptoss_jax.cli.options import Flag, OfCheckpoint, Text
 from gptoss_jax.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -23,11 +26,24 @@ class Info(OfCheckpoint):
     fingerprint: Flag = False
     """Hash the weights though they are large, a second per GB; up to 1 GiB this is done anyway."""
 
+    dispatch: Flag = False
+    """Say which kernels would run, and why, instead."""
+    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    """With --dispatch: for another platform than the one here."""
+    device_kind: Text = None
+    """With --dispatch: the device's own name, as "NVIDIA H200" or "TPU v6 lite"."""
+    batch: int = 1
+    """With --dispatch: rows at a time."""
+    context: int = 4096
+    """With --dispatch: tokens of the prompt."""
+
     def run(self) -> int:
         from gptoss_jax.weights.describe import describe
 
         self.say_if_bundled()
         found = describe(self.folder)
+        if self.dispatch:
+            return self.print_dispatch(found)
         wanted = self.fingerprint or found.total_bytes < QUICK_BYTES
         digest = str(gptoss_jax.fingerprint(self.folder)) if wanted else None
         facts = description_as_json(self.folder, found, digest)
@@ -36,6 +52,32 @@ class Info(OfCheckpoint):
         else:
             print_description(facts)
         return 0
+
+    def print_dispatch(self, found: "Description") -> int:
+        """A row for each op, phase and kind of layer."""
+        from gptoss_jax.planning import dispatches
+
+        context = min(self.context, found.config.max_context)
+        rows = dispatches(
+            found.config,
+            batch=self.batch,
+            context=context,
+            platform=self.platform,
+            kind=self.device_kind,
+        )
+        if self.json:
+            print_json({"dispatch": [row._asdict() for row in rows]})
+            return 0
+        table = Table(*rows[0]._fields, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
+        return 0
+
+
+def console() -> Console:
+    """For tables; one line a row where lines are searched."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def description_as_json(folder: str, found: "Description", digest: str | None) -> dict[str, Any]:
@@ -63,9 +105,6 @@ def description_as_json(folder: str, found: "Description", digest: str | None) -
 
 def print_description(facts: dict[str, Any]) -> None:
     """The same facts as two tables."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
     summary = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     parameters, devices = facts["parameters"], facts["devices"]
     config = {name: value for name, value in facts["config"].items() if name != "rope"}
@@ -87,5 +126,4 @@ def print_description(facts: dict[str, Any]) -> None:
     for name, count in facts["parameters_by_group"].items():
         groups.add_row(name, f"{count:,}", f"{facts['bytes_by_group'][name]:,}")
     groups.add_row("total", f"{parameters['total']:,}", f"{facts['bytes']:,}", style="bold")
-    width = None if sys.stdout.isatty() else 1000  # one line each, where lines are searched
-    Console(highlight=False, width=width).print(summary, "", groups, sep="\n")
+    console().print(summary, "", groups, sep="\n")

@@ -97,8 +97,7 @@ class Attention(nnx.Module):
         )
         out = sink_attention(
             q,
-            seen.keys,
-            seen.values,
+            *seen.heads(q.shape[-1]),
             self.sinks[...],
             q_positions=place.positions,
             k_positions=k_positions,

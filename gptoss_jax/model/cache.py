@@ -15,10 +15,20 @@ from gptoss_jax.config import ModelConfig
 
 @nnx.dataclass
 class LayerCache(nnx.Pytree):
-    """Keys (rotated) and values of one layer; S is W in a window layer, else the capacity."""
+    """Keys (rotated) and values of one layer; S is W in a window layer, else the capacity.
 
-    keys: Float[jax.Array, "B S K H"] = nnx.data()
-    values: Float[jax.Array, "B S K H"] = nnx.data()
+    Heads lie side by side in the last axis: as an axis of its own a head of 64 would fill half of a
+    TPU's 128 lanes, and every step would copy the cache to put that right.
+    """
+
+    keys: Float[jax.Array, "B S KH"] = nnx.data()
+    values: Float[jax.Array, "B S KH"] = nnx.data()
+
+    def heads(self, head_dim: int) -> tuple[Float[jax.Array, "B S K H"], ...]:
+        """Keys and values with an axis for the heads."""
+        return tuple(
+            part.reshape(*part.shape[:2], -1, head_dim) for part in (self.keys, self.values)
+        )
 
 
 @nnx.dataclass
@@ -34,7 +44,7 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache:
 
     def layer(index: int) -> LayerCache:
         slots = config.window(index) or capacity
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+        shape = (batch, slots, config.num_kv_heads * config.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     layers = tuple(layer(index) for index in range(config.num_layers))
@@ -83,6 +93,7 @@ def extend_layer(
     queries still see: those attend to the old ring and the chunk side by side.
     """
     num_slots, num_new = layer.keys.shape[1], keys.shape[1]
+    keys, values = (part.reshape(*part.shape[:2], -1) for part in (keys, values))
     counts = (positions >= 0).sum(axis=1, dtype=jnp.int32)
     after = lengths + counts
     kept = _write(layer, keys, values, positions, after)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.kernels.expert_matmul import expert_mlp
+from gptoss_jax.kernels.expert_matmul import Problem, device_order, expert_mlp
 from gptoss_jax.model.linear import linear
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 from gptoss_jax.shapes import Array, Hidden
@@ -38,11 +38,14 @@ class Router(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """The same linear layer for every expert: kernel `[E, *out, in]`, bias `[E, *out]`."""
+    """The same linear layer for every expert: kernel `[E, *out, in]`, bias `[E, *out]`.
 
-    def __init__(self, shape: tuple[int, ...], *, packed: bool, dtype, rngs: nnx.Rngs):
-        if packed:
-            self.kernel = PackedParam(_random_mxfp4(rngs.params(), shape))
+    `order` is that of the kernel's MXFP4 bytes; None makes a plain kernel.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, order: str | None, dtype, rngs: nnx.Rngs):
+        if order:
+            self.kernel = PackedParam(_random_mxfp4(rngs.params(), shape).arranged(order))
         else:
             init = nnx.initializers.normal(shape[-1] ** -0.5)
             self.kernel = nnx.Param(init(rngs.params(), shape, dtype))
@@ -56,7 +59,8 @@ class MoE(nnx.Module):
         experts, embed, hidden = config.num_experts, config.embed_dim, config.hidden_dim
         self.experts_per_token = config.experts_per_token
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
-        kinds = {"packed": packed, "dtype": dtype, "rngs": rngs}
+        order = device_order(experts_problem(config, 1, dtype, packed=True)) if packed else None
+        kinds = {"order": order, "dtype": dtype, "rngs": rngs}
         self.router = Router(config, dtype=dtype, rngs=rngs)
         self.gate_up = ExpertLinear((experts, 2, hidden, embed), **kinds)
         self.down = ExpertLinear((experts, embed, hidden), **kinds)
@@ -74,6 +78,19 @@ class MoE(nnx.Module):
             alpha=self.alpha,
             limit=self.limit,
         )
+
+
+def experts_problem(config: ModelConfig, num_tokens: int, dtype, *, packed: bool) -> Problem:
+    """The experts' network as its op sees it, for so many tokens at a time."""
+    return Problem(
+        num_tokens,
+        config.experts_per_token,
+        config.num_experts,
+        config.embed_dim,
+        config.hidden_dim,
+        str(jnp.dtype(dtype)),
+        packed,
+    )
 
 
 def choose_experts(

@@ -24,7 +24,7 @@ from gptoss_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from gptoss_jax.weights.names import entries
 from gptoss_jax.weights.progress import Progress
 from gptoss_jax.weights.safetensors_file import CheckpointError
-from gptoss_jax.weights.tree import arrays_of, with_arrays
+from gptoss_jax.weights.tree import arrays_of, byte_orders, with_arrays
 
 Rows = Shaped[np.ndarray, "..."]
 
@@ -51,7 +51,7 @@ def load(
     abstract = abstract_model(checkpoint, experts=experts, dtype=kind)
     arrays = {}
     with Progress("loading", checkpoint.num_bytes, progress) as bar:
-        for values in _read_all(checkpoint, arrays_of(abstract), bar):
+        for values in _read_all(checkpoint, arrays_of(abstract), byte_orders(abstract), bar):
             arrays |= values
         assert bar.done == checkpoint.num_bytes, "bytes were left out or read twice"
     model = with_arrays(abstract, arrays)
@@ -89,8 +89,13 @@ def abstract_model(checkpoint: Checkpoint, *, experts: str, dtype: np.dtype) -> 
     )
 
 
-def _read_all(checkpoint: Checkpoint, wanted: dict, bar: Progress) -> Iterator[dict]:
-    """The arrays in the order of the files: each one of `wanted`, once, from bytes read once."""
+def _read_all(
+    checkpoint: Checkpoint, wanted: dict, orders: dict[str, str], bar: Progress
+) -> Iterator[dict]:
+    """The arrays in the order of the files: each one of `wanted`, once, from bytes read once.
+
+    Bytes of experts go to the device as published and are put in their order there.
+    """
     kernels = {name.removesuffix(".blocks") for name in wanted if name.endswith(".blocks")}
     missing = dict(wanted)
     for name in sorted(checkpoint.entries, key=checkpoint.place):
@@ -102,7 +107,11 @@ def _read_all(checkpoint: Checkpoint, wanted: dict, bar: Progress) -> Iterator[d
         else:
             targets = [stem]
         read = _reader(checkpoint, name, packed=stem in kernels)
-        yield _fill({t: missing.pop(t) for t in targets}, read, checkpoint.pieces(name), bar)
+        arrays = _fill({t: missing.pop(t) for t in targets}, read, checkpoint.pieces(name), bar)
+        if orders.get(stem, "published") != "published":
+            bytes_ = _arrange(Mxfp4(*(arrays[target] for target in targets)), orders[stem])
+            arrays = dict(zip(targets, (bytes_.blocks, bytes_.scales), strict=True))
+        yield jax.block_until_ready(arrays)  # or several buffers would wait for a slow device
     assert not missing, f"the table lacks {sorted(missing)}"
 
 
@@ -138,6 +147,7 @@ def _read_packing(checkpoint: Checkpoint, name: str, start: int, stop: int):
         raise CheckpointError(f"{error}; load it with experts='bf16'") from None
 
 
+_arrange = jax.jit(Mxfp4.arranged, static_argnums=1, donate_argnums=0)
 _pack = jax.jit(pack)
 _unpack = jax.jit(unpack, static_argnums=1)
 
@@ -172,8 +182,7 @@ def _fill(targets: dict, read, runs: Iterator[tuple[int, int]], bar: Progress) -
         for buffer, part in zip(buffers.values(), rows, strict=True):
             buffer[start:stop] = part  # casts floats to the buffer's dtype
         bar.advance(num_bytes)
-    arrays = {name: jax.device_put(buffer) for name, buffer in buffers.items()}
-    return jax.block_until_ready(arrays)  # or several buffers would wait for a slow device
+    return {name: jax.device_put(buffer) for name, buffer in buffers.items()}
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:

@@ -2,11 +2,12 @@
 """A model as a dictionary from dotted names to values, and back.
 
 A value is an array or the two members of an Mxfp4, under names that end in `.blocks` and `.scales`:
-the same names as in the table of names.py. Knows no files.
+the same names as in the table of names.py, and the same shapes, however the bytes lie on the
+device. Knows no files.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,43 @@ from flax import nnx
 from jaxtyping import Shaped
 
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.mxfp4 import Mxfp4
+from gptoss_jax.mxfp4 import BLOCK, Mxfp4
+
+
+class Rearranged(NamedTuple):
+    """A member of an Mxfp4 in another order of bytes, with the shape it has when published."""
+
+    array: Any
+    member: str  # "blocks" or "scales"
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    def published(self, rows: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """Rows of `array` in the published order."""
+        if rows.shape[1:] == self.shape[1:]:
+            return rows
+        return np.moveaxis(rows, -1, -3 if self.member == "blocks" else -2)
+
+
+def _members(name: str, value: Mxfp4) -> dict[str, Any]:
+    members = {"blocks": value.blocks, "scales": value.scales}
+    if value.order != "published":
+        *lead, width = value.shape
+        shapes = {
+            "blocks": (*lead, width // BLOCK, BLOCK // 2),
+            "scales": (*lead, width // BLOCK),
+        }
+        members = {
+            member: Rearranged(array, member, shapes[member]) for member, array in members.items()
+        }
+    return {f"{name}.{member}": array for member, array in members.items()}
 
 
 def arrays_of(model: Transformer) -> dict[str, Any]:
@@ -23,32 +60,43 @@ def arrays_of(model: Transformer) -> dict[str, Any]:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, value = ".".join(map(str, path)), variable.get_value()
         if isinstance(value, Mxfp4):
-            arrays |= {f"{name}.blocks": value.blocks, f"{name}.scales": value.scales}
+            arrays |= _members(name, value)
         else:
             arrays[name] = value
     return arrays
 
 
+def byte_orders(model: Transformer) -> dict[str, str]:
+    """The order of bytes of every Mxfp4 in a model, by its name."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    values = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+    return {name: value.order for name, value in values.items() if isinstance(value, Mxfp4)}
+
+
 def with_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> Transformer:
-    """A model like this (abstract) one that holds these arrays."""
+    """A model like this (abstract) one that holds these arrays, and bytes in the order it has."""
     graph, state = nnx.split(model)
 
     def filled(path, variable):
         name = ".".join(map(str, path))
-        if isinstance(variable.get_value(), Mxfp4):
-            return variable.replace(Mxfp4(arrays[f"{name}.blocks"], arrays[f"{name}.scales"]))
+        value = variable.get_value()
+        if isinstance(value, Mxfp4):
+            blocks, scales = (arrays[f"{name}.{member}"] for member in ("blocks", "scales"))
+            return variable.replace(Mxfp4(blocks, scales, order=value.order))
         return variable.replace(arrays[name])
 
     flat = [(path, filled(path, variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def rows_of(array: jax.Array, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
-    """Some rows, copied to the host.
+def rows_of(array: "jax.Array | Rearranged", start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+    """Some rows, copied to the host; bytes in the published order.
 
     Slicing on the device first keeps jax from keeping a host copy of the whole array; a start that
     is an argument of the compiled slice keeps it from compiling one slice per start.
     """
+    if isinstance(array, Rearranged):
+        return array.published(rows_of(array.array, start, stop))
     return np.asarray(jax.lax.dynamic_slice_in_dim(array, start, stop - start))
 
 

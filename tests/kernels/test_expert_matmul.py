@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of the experts' network over the shared cases, against NumPy float64."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from experts_oracle import Arrays, decoded, experts
 from nearness import assert_near
 
+from gptoss_jax import device
 from gptoss_jax.kernels.expert_matmul import cases, expert_mlp, reference
 from gptoss_jax.kernels.expert_matmul.api import IMPLEMENTATIONS
 from gptoss_jax.kernels.expert_matmul.nibbles import unpack_halves
@@ -17,6 +19,7 @@ from gptoss_jax.mxfp4 import Mxfp4
 
 NAMES = ("x", "weights", "gate_up", "gate_up_bias", "down", "down_bias")
 KINDS = (("float32", "plain"), ("float32", "packed"), ("bfloat16", "packed"))
+GPU_KINDS = (("bfloat16", "plain"), ("bfloat16", "packed"))  # its matrix units know no float32
 PLAIN_ONLY = ("two rows", "three rows", "one row, one expert", "many rows")  # others compile less
 
 
@@ -26,8 +29,30 @@ def selected(case: cases.Case, dtype: str, kind: str) -> bool:
     return kind == "plain" or case.name not in PLAIN_ONLY
 
 
-EVERY_CASE = [(case, *kind) for case in cases.CASES for kind in KINDS if selected(case, *kind)]
-everywhere = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+EVERYTHING = [
+    pytest.param(case, *kind, name, id=f"{name}, {kind[0]}, {kind[1]}, {case.name}")
+    for name in IMPLEMENTATIONS
+    for case in cases.CASES
+    for kind in (GPU_KINDS if name == "mosaic_gpu" else KINDS)
+    if name == "mosaic_gpu" or selected(case, *kind)
+]
+HERE = [
+    pytest.param(case, "bfloat16", kind, name, id=f"{name}, {kind}, {case.name}", marks=mark)
+    for name, mark in (("mosaic_gpu", pytest.mark.gpu), ("mosaic_tpu", pytest.mark.tpu))
+    for case in cases.CASES
+    for kind in ("plain", "packed")
+]
+everywhere = pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [("bfloat16" if name == "mosaic_gpu" else "float32", name) for name in IMPLEMENTATIONS],
+)
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_other_platforms_run_in_their_interpreters(request):
+    on_hardware = any(request.node.get_closest_marker(name) for name in ("gpu", "tpu"))
+    with contextlib.nullcontext() if on_hardware else device.interpreted():
+        yield
 
 
 def named(name: str) -> cases.Case:
@@ -104,10 +129,7 @@ def packed(blocks: np.ndarray, scales: np.ndarray) -> Mxfp4:
     return Mxfp4(jnp.asarray(blocks), jnp.asarray(scales))
 
 
-@everywhere
-@pytest.mark.parametrize(
-    ("case", "dtype", "kind"), EVERY_CASE, ids=lambda part: getattr(part, "name", part)
-)
+@pytest.mark.parametrize(("case", "dtype", "kind", "implementation"), EVERYTHING + HERE)
 def test_output_and_gradients(case, dtype, kind, implementation):
     inputs, dout, out64, slopes64 = exact(case, dtype, kind)
     given = (*on_device(inputs, dtype, kind), jnp.asarray(dout, dtype))
@@ -153,27 +175,27 @@ def test_the_oracle_s_gradients_are_slopes():
 class TestOneHotRowsReadTheDecodedWeights:
     """With alpha 0 the activation is gate / 2 * (up + 1), so weights come back bit for bit."""
 
-    def test_gate(self, implementation, rows):
+    def test_gate(self, dtype, implementation, rows):
         blocks, scales = self.random_bytes(3, 250, cases.E, 2, cases.F, cases.D // 32)
         blocks[:, 1] = 0  # up is its bias, 1: the activation is the gate itself
         chosen, columns = self.some_of(cases.D, rows)
 
-        got = self.activations((blocks, scales), [0.0, 1.0], chosen, columns, implementation)
+        got = self.activations((blocks, scales), [0.0, 1.0], chosen, columns, dtype, implementation)
 
         expected = decoded(blocks, scales)[chosen, 0, : cases.D, columns]
         assert (got == expected).all()
 
-    def test_up(self, implementation, rows):
+    def test_up(self, dtype, implementation, rows):
         blocks, scales = self.random_bytes(122, 132, cases.E, 2, cases.F, cases.D // 32)
         blocks[:, 0] = 0  # the gate is its bias, 2: the activation is up + 1
         chosen, columns = self.some_of(cases.D, rows)
 
-        got = self.activations((blocks, scales), [2.0, 0.0], chosen, columns, implementation)
+        got = self.activations((blocks, scales), [2.0, 0.0], chosen, columns, dtype, implementation)
 
         expected = decoded(blocks, scales)[chosen, 1, : cases.D, columns]
         assert (got - 1 == expected).all()
 
-    def test_down(self, implementation, rows):
+    def test_down(self, dtype, implementation, rows):
         down = self.random_bytes(3, 250, cases.E, cases.D, cases.F // 32)
         chosen, _ = self.some_of(cases.D, rows)
         columns = (61 * np.arange(cases.E) + rows) % cases.F  # one of each expert
@@ -183,7 +205,7 @@ class TestOneHotRowsReadTheDecodedWeights:
         gate_up = self.random_bytes(127, 128, cases.E, 2, cases.F, cases.D // 32)
         gate_up[0][:] = 0
 
-        got = run_one_hot(gate_up, bias, down, chosen, 0 * chosen, implementation)
+        got = run_one_hot(gate_up, bias, down, chosen, 0 * chosen, dtype, implementation)
 
         assert (got == decoded(*down)[chosen, :, columns[chosen]]).all()
 
@@ -196,7 +218,7 @@ class TestOneHotRowsReadTheDecodedWeights:
         """Experts in turn, and a column for each row."""
         return np.arange(rows) % cases.E, np.random.default_rng(rows).integers(0, size, rows)
 
-    def activations(self, gate_up, biases, chosen, columns, implementation):
+    def activations(self, gate_up, biases, chosen, columns, dtype, implementation):
         """The first D activations, copied to the output by a `down` that is the identity."""
         identity = np.zeros((cases.E, cases.D, cases.F // 32, 16), np.uint8)
         for unit in range(cases.D):
@@ -205,23 +227,23 @@ class TestOneHotRowsReadTheDecodedWeights:
         down = identity, np.full(identity.shape[:-1], 127, np.uint8)
         bias = np.empty((cases.E, 2, cases.F), np.float32)
         bias[:] = np.array(biases)[None, :, None]
-        return run_one_hot(gate_up, bias, down, chosen, columns, implementation)
+        return run_one_hot(gate_up, bias, down, chosen, columns, dtype, implementation)
 
 
-def run_one_hot(gate_up, bias, down, chosen, columns, implementation) -> np.ndarray:
+def run_one_hot(gate_up, bias, down, chosen, columns, dtype, implementation) -> np.ndarray:
     """Row r is one at columns[r] and goes to expert chosen[r] alone."""
     x = np.zeros((1, len(chosen), cases.D), np.float32)
     x[0, np.arange(len(chosen)), columns] = 1.0
     out = one_hot_program(implementation)(
-        jnp.asarray(x),
+        jnp.asarray(x, dtype),
         jnp.asarray(chosen)[None, :, None],
         jnp.ones((1, len(chosen), 1)),
         packed(*gate_up),
-        jnp.asarray(bias),
+        jnp.asarray(bias, dtype),
         packed(*down),
-        jnp.zeros((cases.E, cases.D)),
+        jnp.zeros((cases.E, cases.D), dtype),
     )
-    return np.asarray(out)[0].astype(np.float64)
+    return np.asarray(out[0].astype(jnp.float32)).astype(np.float64)
 
 
 @functools.cache

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.kernels.sink_attention import reference, sink_attention
-from gptoss_jax.kernels.sink_attention.reference import visible
+from gptoss_jax.kernels.sink_attention import sink_attention
+from gptoss_jax.kernels.sink_attention.flash import Places, visible
 
 
 def positions(*rows):
@@ -15,7 +15,7 @@ def positions(*rows):
 
 
 def mask_of(q, k, window):
-    return visible(positions(q), positions(k), window)[0].astype(int).tolist()
+    return visible(Places(positions(q), positions(k)), window)[0].astype(int).tolist()
 
 
 def test_full_layer_sees_the_past_and_itself():
@@ -59,7 +59,7 @@ def test_windows_of_the_published_models(layer, query, first):
 
     window = ModelConfig.preset("20b").window(layer)
 
-    seen = np.flatnonzero(visible(positions([query]), positions(range(256)), window)[0, 0])
+    seen = np.flatnonzero(visible(Places(positions([query]), positions(range(256))), window)[0, 0])
 
     assert seen.tolist() == list(range(first, query + 1))
 
@@ -159,10 +159,9 @@ def test_softmax_is_float32_for_bfloat16_heads(config):
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
 
     def run(heads):
-        return reference.sink_attention(
-            *heads, jnp.zeros(2), q_positions=at, k_positions=at, q_segments=None,
-            k_segments=None, window=None,
-        )  # fmt: skip
+        return sink_attention(
+            *heads, jnp.zeros(2), q_positions=at, k_positions=at, implementation="xla"
+        )
 
     out = run(half)
 
@@ -174,7 +173,10 @@ def test_softmax_is_float32_for_bfloat16_heads(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "cuda"}, "implementation: expected None or one of xla, got 'cuda'"),
+        (
+            {"implementation": "cuda"},
+            "implementation: expected None or one of mosaic_gpu, mosaic_tpu, xla, got 'cuda'",
+        ),
         ({"q_segments": positions([0])}, "q_segments, k_segments: expected both or neither"),
     ],
 )

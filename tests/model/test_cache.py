@@ -51,9 +51,9 @@ def test_empty_cache_keeps_a_window_only_where_there_is_one(config):
     cache = empty_cache(config, 2, 40, jnp.bfloat16)
 
     assert [layer.keys.shape for layer in cache.layers] == [
-        (2, 8, 2, 24),
-        (2, 40, 2, 24),
-        (2, 8, 2, 24),
+        (2, 8, 48),
+        (2, 40, 48),
+        (2, 8, 48),
     ]
     assert all(layer.values.dtype == jnp.bfloat16 for layer in cache.layers)
     assert cache.lengths.tolist() == [0, 0]
@@ -65,12 +65,12 @@ def one_number(values):
 
 
 def numbers(array):
-    return array[:, :, 0, 0].astype(int).tolist()
+    return array[:, :, 0].astype(int).tolist()
 
 
 def extend_twice(slots, window):
     """Rows of 3 and 5 tokens, then of 3 and 1 more; token n of row r is 100 r + n + 1."""
-    layer = LayerCache(jnp.zeros((2, slots, 1, 1)), jnp.zeros((2, slots, 1, 1)))
+    layer = LayerCache(jnp.zeros((2, slots, 1)), jnp.zeros((2, slots, 1)))
     lengths, steps = jnp.array([0, 0]), []
     for counts, tokens in [
         ([3, 5], [[1, 2, 3, -9, -9], [101, 102, 103, 104, 105]]),

@@ -121,3 +121,38 @@ CASES = (
     Case("one row, one expert", one_expert, shape=(1, 1)),
     Case("many rows", at_random, shape=(3, 97)),
 )
+
+
+class Speed(NamedTuple):
+    """A case to time, in the sizes of gpt-oss-20b; experts are chosen at random."""
+
+    name: str
+    R: int
+    packed: bool = True
+    E: int = 32
+    A: int = 4
+    D: int = 2880
+    F: int = 2880
+
+    def ids(self) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        return np.stack([rng.permutation(self.E)[: self.A] for _ in range(self.R)]).astype(np.int32)
+
+    @property
+    def flops(self) -> int:
+        """Three products of D by F a pair; the gradient of the rows takes as many again, and the
+        backward pass repeats the first two."""
+        return 6 * self.R * self.A * self.D * self.F
+
+    def num_bytes(self, item: int) -> int:
+        """The weights of every expert that is chosen, once, and the rows in and out."""
+        values = 3 * self.D * self.F
+        of_one = values // 2 + values // 32 if self.packed else item * values
+        return len(np.unique(self.ids())) * of_one + 2 * item * self.R * self.D
+
+
+SPEED_CASES = tuple(
+    Speed(f"{rows} rows, {'packed' if packed else 'plain'}", rows, packed)
+    for packed in (True, False)
+    for rows in (1, 8, 32, 128, 512, 4096)
+)

@@ -2,15 +2,47 @@
 """The public op: what it means, which arguments are legal, which implementation runs.
 
 Its meaning is told by positions alone, so one op serves full caches, rings and packed batches.
-Knows no config and no modules. The formula itself is in reference.py.
+Knows no config and no modules. The formulas are in flash.py, the readable implementation in
+reference.py.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from gptoss_jax.kernels.sink_attention import reference
+from gptoss_jax.device import interpreting
+from gptoss_jax.kernels.dispatch import Choice, Implementation, Op, tuned
+from gptoss_jax.kernels.sink_attention import flash
 
-IMPLEMENTATIONS = {"xla": reference.sink_attention}
+FEW_ROWS = 64  # up to this many (token, head) pairs of a kv head are the rows of one block
+
+
+class Problem(NamedTuple):
+    """What the choice of an implementation depends on; sizes as in shapes.py."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    dtype: str
+    window: int | None = None
+    segments: bool = False
+
+    @property
+    def few_tokens(self) -> bool:
+        """Decoding: the query heads of a kv head are worked on together."""
+        return self.T * (self.N // self.K) <= FEW_ROWS
+
+    @property
+    def shape_class(self) -> str:
+        """The problems that share block sizes."""
+        kind = "decode" if self.few_tokens else "prefill"
+        return f"{kind}, {'full' if self.window is None else 'window'}, H={self.H}, {self.dtype}"
 
 
 def sink_attention(
@@ -32,14 +64,28 @@ def sink_attention(
     `q_positions[i] - k_positions[j] < window` (so a window of W counts the token itself), and when
     both are in the same segment. Position -1 marks an empty slot or a padding token. Query head n
     reads kv head n // G. Dot products are scaled by H^-0.5, sinks are not scaled. A query that
-    sees nothing gives zeros.
+    sees nothing gives zeros. Differentiable in q, k, v and sinks.
 
-    `implementation` None picks the best one available here; a named one runs or raises ValueError.
+    `implementation` is "xla" (any device), "mosaic_tpu" or "mosaic_gpu"; None picks the best one
+    available here, a named one runs or raises ValueError with every reason why not.
     """
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(sorted(IMPLEMENTATIONS))
-        raise ValueError(f"implementation: expected None or one of {known}, got {name!r}")
+    _check(q, k, v, q_segments, k_segments, window)
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    problem = Problem(B, T, S, N, K, H, str(q.dtype), window, q_segments is not None)
+    places = flash.Places(q_positions, k_positions, q_segments, k_segments)
+    choice, tiles = choose(problem, implementation)
+    return run(choice.module, problem, tiles, interpreting(), q, k, v, sinks, places)
+
+
+def choose(problem: Problem, implementation: str | None = None) -> tuple[Choice, flash.Tiles]:
+    """The implementation and block sizes for a problem on the current target, and why."""
+    choice = OP.choose(problem, implementation)
+    tiles = choice.module.tiles(problem)
+    return choice, tiles._replace(**tuned(OP.name, choice.name, problem.shape_class))
+
+
+def _check(q, k, v, q_segments, k_segments, window) -> None:
     if (q_segments is None) != (k_segments is None):
         raise ValueError("q_segments, k_segments: expected both or neither; pass the missing one")
     if q.shape[2] % k.shape[2]:
@@ -47,14 +93,61 @@ def sink_attention(
             f"q, k: expected N a multiple of K, got N={q.shape[2]} and K={k.shape[2]}; "
             "are the head axes swapped?"
         )
-    return IMPLEMENTATIONS[name](
-        q,
-        k,
-        v,
-        sinks,
-        q_positions=q_positions,
-        k_positions=k_positions,
-        q_segments=q_segments,
-        k_segments=k_segments,
-        window=window,
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected None or at least 1 (the token itself), got {window}")
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"q: expected float32 or bfloat16, got {q.dtype}; cast q, k and v")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def run(module, problem: Problem, tiles: flash.Tiles, interpret: bool, q, k, v, sinks, places):
+    """The op with every choice made. Lays out rows as flash.py wants them; traced once for all
+    layers of one shape."""
+    static = flash.Static(module, problem.window, problem.H**-0.5, tiles, interpret)
+    if not problem.few_tokens or not module.FOLDS:
+        return flash.attend(static, q, k, v, sinks[:, None], places)
+    B, T, N, K, H = problem.B, problem.T, problem.N, problem.K, problem.H
+    groups = N // K
+    rows = q.reshape(B, T, K, groups, H).swapaxes(2, 3).reshape(B, T * groups, K, H)
+    # In float32, where their gradients are summed over the tokens.
+    row_sinks = jnp.tile(sinks.astype(jnp.float32).reshape(K, groups), (1, T))
+    positions, segments = jax.tree.map(
+        lambda part: jnp.repeat(part, groups, axis=1), (places.q_positions, places.q_segments)
     )
+    places = places._replace(q_positions=positions, q_segments=segments)
+    out = flash.attend(static, rows, k, v, row_sinks, places)
+    return out.reshape(B, T, groups, K, H).swapaxes(2, 3).reshape(q.shape)
+
+
+def _compile(module: Any, problem: Problem) -> None:
+    """Forward and, where there are many tokens, backward, on the default device."""
+    B, T, S, N, K, H, dtype, _, segments = problem
+
+    def inputs():
+        rows, keys = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+        kv = jnp.zeros((B, S, K, H), dtype)
+        places = flash.Places(rows, keys, *((rows, keys) if segments else ()))
+        return jnp.zeros((B, T, N, H), dtype), kv, kv, jnp.zeros(N, dtype), places
+
+    def total(q, k, v, sinks, places):
+        return run(module, problem, module.tiles(problem), False, q, k, v, sinks, places).sum()
+
+    wanted = total if problem.few_tokens else jax.grad(total, argnums=(0, 1, 2, 3))
+    jax.jit(wanted).lower(*jax.eval_shape(inputs)).compile()
+
+
+_HERE = "gptoss_jax.kernels.sink_attention"
+OP = Op(
+    "sink_attention",
+    (
+        Implementation("mosaic_tpu", f"{_HERE}.tpu", "tpu", ("TPU v5", "TPU v6")),
+        Implementation("mosaic_gpu", f"{_HERE}.gpu", "gpu", ("NVIDIA H100", "NVIDIA H200")),
+        Implementation("xla", f"{_HERE}.reference", None),
+    ),
+    _compile,
+)
+IMPLEMENTATIONS = tuple(implementation.name for implementation in OP.implementations)

@@ -143,10 +143,32 @@ def nothing_to_see(rng) -> Places:
     return Places(queries, keys)
 
 
+# Sizes beyond one block of any implementation, and not a whole number of blocks.
+
+
 def many_queries(rng) -> Places:
-    """More queries than one block of any implementation, and not a whole number of blocks."""
     positions = _rows([np.arange(293), _count(0, 261, 293)])
     return Places(positions, positions)
+
+
+def chunks_after_many_keys(rng) -> Places:
+    """A chunk at the end, in the middle and at the beginning of a long cache."""
+    queries = _rows([np.arange(520, 531), np.arange(250, 261), _count(0, 4, T)])
+    return Places(queries, _rows([_count(0, 531, 600), _count(0, 261, 600), _count(0, 4, 600)]))
+
+
+def one_token_after_many_keys(rng) -> Places:
+    lengths = (0, 1, 127, 128, 255, 600)
+    return Places(
+        np.asarray(lengths, np.int32)[:, None], _rows(_count(0, n + 1, 643) for n in lengths)
+    )
+
+
+def long_documents(rng) -> Places:
+    """Three documents of 150, 127 and 9 tokens in a row, then padding."""
+    positions = np.concatenate([np.arange(150), np.arange(127), np.arange(9), np.full(7, -1)])
+    segments = np.repeat([0, 1, 2, -1], [150, 127, 9, 7])
+    return Places(*(_rows([part]) for part in (positions, positions, segments, segments)))
 
 
 CASES = (
@@ -164,8 +186,63 @@ CASES = (
     Case("documents", documents),
     Case("documents, window", documents, window=W),
     Case("nothing to see", nothing_to_see),
+    Case("many queries", many_queries),
     Case("many queries, window", many_queries, window=131),
+    Case("chunks after many keys", chunks_after_many_keys),
+    Case("chunks after many keys, window", chunks_after_many_keys, window=131),
+    Case("one token after many keys", one_token_after_many_keys),
+    Case("one token after many keys, window", one_token_after_many_keys, window=131),
+    Case("long documents", long_documents),
     Case("sharp", chunks, q_scale=20.0),
     Case("sinks take all", chunks, sink=20.0),
     Case("sinks take nothing", chunks, sink=-1e4),
+)
+
+
+class Speed(NamedTuple):
+    """A case to time, in the sizes of the published models: the last T of S positions ask."""
+
+    name: str
+    B: int
+    T: int
+    S: int
+    window: int | None = None
+    N: int = 64
+    K: int = 8
+    H: int = 64
+
+    def places(self) -> Places:
+        queries = np.tile(np.arange(self.S - self.T, self.S, dtype=np.int32), (self.B, 1))
+        return Places(queries, np.tile(np.arange(self.S, dtype=np.int32), (self.B, 1)))
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs of all rows, a head."""
+        seen = np.arange(self.S - self.T + 1, self.S + 1, dtype=np.int64)
+        return self.B * int(np.minimum(seen, self.window or self.S).sum())
+
+    @property
+    def flops(self) -> int:
+        """Two products in the forward pass; the backward pass has five."""
+        return 4 * self.pairs * self.N * self.H
+
+    def num_bytes(self, item: int) -> int:
+        """Queries, output, and every key and value that is seen, once."""
+        keys = min(self.S, self.T - 1 + (self.window or self.S))
+        return item * self.B * self.H * (2 * self.T * self.N + 2 * keys * self.K)
+
+
+SPEED_CASES = (
+    Speed("prefill 512", 1, 512, 512),
+    Speed("prefill 512, window", 1, 512, 512, 128),
+    Speed("prefill 4096", 1, 4096, 4096),
+    Speed("prefill 4096, window", 1, 4096, 4096, 128),
+    Speed("prefill 8192", 1, 8192, 8192),
+    Speed("prefill 8192, window", 1, 8192, 8192, 128),
+    Speed("prefill 32768", 1, 32768, 32768),
+    Speed("prefill 32768, window", 1, 32768, 32768, 128),
+    Speed("decode at 4096", 1, 1, 4096),
+    Speed("decode on rings", 8, 1, 128, 128),
+    Speed("decode at 32768, 8 rows", 8, 1, 32768),
+    Speed("decode at 131072", 1, 1, 131072),
 )

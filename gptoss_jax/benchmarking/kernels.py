@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep over kernels: every case, every implementation, beside the ceilings of the same run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptoss_jax.benchmarking import attention, experts
+from gptoss_jax.benchmarking.machine import describe_machine
+from gptoss_jax.benchmarking.timing import measure_ceilings
+from gptoss_jax.benchmarking.tuning import tune_attention
+from gptoss_jax.device import target
+
+
+def run(
+    match: str = "",
+    dtype: str | None = None,
+    *,
+    tune: bool = False,
+    json_file: Path | None = None,
+) -> None:
+    """Time every case whose name contains `match`; prints a table and a line of JSON.
+
+    `dtype` is float32 or bfloat16; None is what suits the device. With `tune` block sizes are
+    looked for first, and the best ones kept for this kind of device.
+    """
+    dtype = dtype or ("float32" if target().platform == "cpu" else "bfloat16")
+    if tune:
+        tune_attention(match, dtype)
+    report = sweep(match, dtype)
+    print(json.dumps(report))
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def sweep(match: str, dtype: str) -> dict[str, Any]:
+    """The report; its rows are printed as they come."""
+    ceilings = measure_ceilings(dtype)
+    report = describe_machine() | {"dtype": dtype, "ceilings": ceilings._asdict(), "rows": []}
+    print(
+        f"{report['device']}, jax {jax.__version__}, {dtype}: a large copy "
+        f"{ceilings.bytes_per_s / 1e9:,.0f} GB/s, a large product "
+        f"{ceilings.flops_per_s / 1e12:,.2f} TFLOP/s\n{_HEAD}"
+    )
+    for op in (attention, experts):
+        for row in op.rows(dtype, ceilings, match):
+            report["rows"].append(row)
+            print(_line(row), flush=True)
+    return report
+
+
+_HEAD = (
+    f"{'case':<28}{'implementation':<16}{'pass':<20}{'time':>12}{'GB/s':>9}{'of copy':>9}"
+    f"{'TFLOP/s':>10}{'of product':>12}"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['case']:<28}{row['implementation']:<16}{row['pass']:<20}"
+        f"{row['milliseconds']:>10.3f}ms{row['gigabytes_per_s']:>9,.0f}{row['share_of_copy']:>9.0%}"
+        f"{row['teraflops_per_s']:>10.2f}{row['share_of_matmul']:>12.0%}"
+    )

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of the experts' network share: rows grouped by expert, and gradients.
+
+(token, expert) pairs become rows, and the rows of one expert fill whole tiles, so that a tile needs
+one expert's weights. A kernel is a product of tiles with the weights of their experts; sorting,
+combining and the chain rule are here, once for all of them:
+
+    u = rows gate_up^T + bias      h = swiglu(u)      y = h down^T + bias      out = sum of w * y
+    dh = dout down                 dw = h dh + bias dout
+    du = swiglu'(u) (w dh)         drows = du gate_up
+
+The backward pass computes u and h again, from the bytes where the weights are packed: nothing else
+is kept.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.kernels.expert_matmul.reference import Experts, clamped_swiglu
+from gptoss_jax.mxfp4 import Mxfp4
+
+FEW_PAIRS = 16  # up to this many pairs are not worth sorting
+
+
+class Tiles(NamedTuple):
+    """How an implementation cuts its work."""
+
+    rows: int  # of one expert that are multiplied together
+    outputs: int  # of the weights in a block
+
+
+class Static(NamedTuple):
+    """What selects code."""
+
+    kernels: "Kernels | ModuleType"
+    alpha: float
+    limit: float
+    tiles: Tiles
+    interpret: bool = False  # run kernels on CPU, in their interpreters
+
+
+class Groups(NamedTuple):
+    """Which rows there are. `rows` is a whole number of tiles.
+
+    Tiles come in the order of their experts. Those behind the last that is used repeat its expert,
+    so that no weights need be read for them; whatever they hold, NaN too, is never looked at.
+    """
+
+    row_of_pair: Int[Array, " M"]
+    token_of_row: Int[Array, " rows"]  # R, one past the last token, where a row fills up a tile
+    expert_of_tile: Int[Array, " tiles"]
+    used: Int[Array, "1"]  # tiles with rows
+
+
+class Kernels(Protocol):
+    """What the module of an implementation has. P is 2 for gate and up, 1 for down.
+
+    Weights are `[E, P, X, I]`, X outputs of I inputs, plain in the dtype of the rows, or Mxfp4 in
+    the module's ORDER. Products accumulate in float32. Biases are in any float dtype.
+    """
+
+    ORDER: str  # how it wants packed weights, one of mxfp4.ORDERS
+
+    def why_not(self, problem, kind: str) -> list[str]:
+        """Every reason why a device of this kind cannot run an `api.Problem`."""
+        ...
+
+    def tiles(self, problem) -> Tiles:
+        """Sizes that are safe on any device."""
+        ...
+
+    def hidden(
+        self,
+        static: Static,
+        rows: Float[Array, "rows I"],
+        weights: Float[Array, "E 2 X I"] | Mxfp4,
+        bias: Float[Array, "E 2 X"],
+        groups: Groups,
+    ) -> Float[Array, "rows X"]:
+        """Gate and up with their biases, and the clamped SwiGLU in float32, in the rows' dtype."""
+        ...
+
+    def product(
+        self,
+        static: Static,
+        rows: Float[Array, "rows I"],
+        weights: Float[Array, "E P X I"] | Mxfp4,
+        bias: Float[Array, "E P X"],
+        groups: Groups,
+    ) -> Float[Array, "rows P X"]:
+        """rows weights^T + bias, in float32."""
+        ...
+
+    def product_back(
+        self,
+        static: Static,
+        rows: Float[Array, "rows P X"],
+        weights: Float[Array, "E P X I"] | Mxfp4,
+        groups: Groups,
+    ) -> Float[Array, "rows I"]:
+        """The sum over P of rows weights, in float32: how gradients go through a product."""
+        ...
+
+    def outer(
+        self,
+        static: Static,
+        left: Float[Array, "rows P X"],
+        right: Float[Array, "rows I"],
+        groups: Groups,
+        num_experts: int,
+    ) -> Float[Array, "E P X I"]:
+        """left^T right of each expert's rows, in float32; zeros where an expert has none.
+
+        Rows that fill up tiles are zero in `left`; tiles that are not used must not be added.
+        """
+        ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_experts(
+    static: Static,
+    x: Float[Array, "R D"],
+    ids: Int[Array, "R A"],
+    weights: Float[Array, "R A"],
+    experts: Experts,
+) -> Float[Array, "R D"]:
+    """Every token through its experts, combined in float32 with the given float32 weights.
+
+    `down` and its bias have an axis P of one: `[E 1 D F]` and `[E 1 D]`.
+    """
+    groups = group(ids, experts.down_bias.shape[0], static.tiles.rows)
+    rows = take_rows(x, groups)
+    h = static.kernels.hidden(static, rows, experts.gate_up, experts.gate_up_bias, groups)
+    y = static.kernels.product(static, h, experts.down, experts.down_bias, groups)[:, 0]
+    return (_by_pair(y, groups, ids) * weights[..., None]).sum(axis=1)
+
+
+def _forward(static, x, ids, weights, experts):
+    return run_experts(static, x, ids, weights, experts), (x, ids, weights, experts)
+
+
+def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
+    x, ids, weights, experts = residuals
+    kernels, num_experts = static.kernels, experts.down_bias.shape[0]
+    groups = group(ids, num_experts, static.tiles.rows)
+    rows = take_rows(x, groups)
+    drows_out = take_rows(dout.astype(x.dtype), groups)
+
+    real = (groups.token_of_row < x.shape[0])[:, None]
+    u = kernels.product(static, rows, experts.gate_up, experts.gate_up_bias, groups)
+    u = jnp.where(real[..., None], u, 0.0)
+    swiglu = functools.partial(clamped_swiglu, alpha=static.alpha, limit=static.limit)
+    h, pull = jax.vjp(swiglu, u[:, 0], u[:, 1])
+    dh = kernels.product_back(static, drows_out[:, None], experts.down, groups)
+    dh = jnp.where(real, dh, 0.0)
+
+    expert_of_row = jnp.repeat(groups.expert_of_tile, static.tiles.rows)
+    bias = experts.down_bias[:, 0].astype(jnp.float32)[expert_of_row]
+    dweights = (h * dh).sum(axis=1) + (bias * drows_out.astype(jnp.float32)).sum(axis=1)
+    share = jnp.zeros(rows.shape[:1], jnp.float32).at[groups.row_of_pair].set(weights.reshape(-1))
+    du = jnp.stack(pull(share[:, None] * dh), axis=1)
+    dy = share[:, None] * drows_out.astype(jnp.float32)
+    drows = kernels.product_back(static, du.astype(x.dtype), experts.gate_up, groups)
+
+    in_expert = jax.nn.one_hot(expert_of_row, num_experts, dtype=jnp.float32)
+    dexperts = Experts(
+        _weights_gradient(static, du, rows, groups, experts.gate_up),
+        _bias_gradient(in_expert, du, experts.gate_up_bias),
+        _weights_gradient(static, dy[:, None], h, groups, experts.down),
+        _bias_gradient(in_expert, dy[:, None], experts.down_bias),
+    )
+    return (
+        _by_pair(drows, groups, ids).sum(axis=1).astype(x.dtype),
+        _no_gradient(ids),
+        dweights[groups.row_of_pair].reshape(ids.shape),
+        dexperts,
+    )
+
+
+run_experts.defvjp(_forward, _backward)
+
+
+def _weights_gradient(static: Static, left, right, groups: Groups, weights) -> Any:
+    """Bytes have none."""
+    if isinstance(weights, Mxfp4):
+        return _no_gradient(weights)
+    dtype = weights.dtype
+    left, right = left.astype(dtype), right.astype(dtype)
+    found = static.kernels.outer(static, left, right, groups, weights.shape[0])
+    return found.astype(dtype)
+
+
+def _bias_gradient(in_expert: Float[Array, "rows E"], rows: Float[Array, "rows P X"], bias):
+    """A product instead of adding rows up in place: the same bits in every run."""
+    total = jnp.einsum("re,rpx->epx", in_expert, rows, precision=jax.lax.Precision.HIGHEST)
+    return total.astype(bias.dtype)
+
+
+def _no_gradient(tree) -> Any:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
+
+
+def _by_pair(rows: Float[Array, "rows X"], groups: Groups, ids) -> Float[Array, "R A X"]:
+    return rows[groups.row_of_pair].reshape(*ids.shape, -1)
+
+
+def take_rows(x: Float[Array, "R X"], groups: Groups) -> Float[Array, "rows X"]:
+    """The token of each row, zeros where a row fills up a tile."""
+    return jnp.take(x, groups.token_of_row, axis=0, mode="fill", fill_value=0)
+
+
+def num_tiles(num_pairs: int, num_experts: int, tile: int) -> int:
+    """The most tiles that any routing needs: every expert that is chosen may have an unfilled one.
+
+    13 pairs, 4 experts, tiles of 8: at most 5, as with 10 + 1 + 1 + 1 pairs.
+    """
+    return (num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile
+
+
+def group(ids: Int[Array, "R A"], num_experts: int, tile: int) -> Groups:
+    """Sort pairs by expert and lay each expert's out from the beginning of a tile."""
+    num_pairs, num_active = ids.size, ids.shape[1]
+    tiles = num_tiles(num_pairs, num_experts, tile)
+    if num_pairs <= min(FEW_PAIRS, num_experts):
+        return _tile_for_each_pair(ids, tile)
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    counts = (flat[:, None] == experts[None, :]).sum(axis=0, dtype=jnp.int32)
+    end_of_tiles = jnp.cumsum(-(-counts // tile))
+    first_row = (end_of_tiles + counts // -tile) * tile
+    first_sorted = jnp.cumsum(counts) - counts
+    place = jnp.arange(num_pairs, dtype=jnp.int32)
+    expert = flat[order]
+    sorted_rows = first_row[expert] + place - first_sorted[expert]
+    row_of_pair = jnp.zeros(num_pairs, jnp.int32).at[order].set(sorted_rows)
+    token_of_row = jnp.full(tiles * tile, ids.shape[0], jnp.int32)
+    token_of_row = token_of_row.at[row_of_pair].set(place // num_active)
+    expert_of_tile = jnp.searchsorted(
+        end_of_tiles, jnp.arange(tiles, dtype=jnp.int32), side="right"
+    ).astype(jnp.int32)
+    last = flat[order[-1]]
+    return Groups(row_of_pair, token_of_row, jnp.minimum(expert_of_tile, last), end_of_tiles[-1:])
+
+
+def _tile_for_each_pair(ids: Int[Array, "R A"], tile: int) -> Groups:
+    """Without sorting: a tile for each pair, and nothing to compute."""
+    pairs = np.arange(ids.size, dtype=np.int32)
+    token_of_row = np.full((ids.size, tile), ids.shape[0], np.int32)
+    token_of_row[:, 0] = pairs // ids.shape[1]
+    return Groups(
+        jnp.asarray(pairs * tile),
+        jnp.asarray(token_of_row.reshape(-1)),
+        ids.reshape(-1).astype(jnp.int32),
+        jnp.full(1, ids.size, jnp.int32),
+    )

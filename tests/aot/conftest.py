@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles for hardware that is not here, with the real compilers. Nothing can be run.
+
+TPU: needs `libtpu`. GPU: needs `jax[cuda13]`, in an environment of its own. `.ci/run` makes both.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from gptoss_jax.device import compiling_for
+
+# Name -> topology, what the device calls itself, bytes of memory it has.
+TPUS = {
+    "v5e": ("v5e:2x4", "TPU v5 lite", 16e9),
+    "v6e": ("v6e:2x4", "TPU v6 lite", 32e9),
+    "v5p": ("v5p:2x2x1", "TPU v5p", 95e9),
+}
+H100 = "NVIDIA H100 80GB HBM3"
+HAS_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is not None
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask for a pod's metadata
+if HAS_CUDA:  # read when the compile-only client is made
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
+
+
+@functools.cache
+def topology(name: str):
+    if name in TPUS:
+        return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name][0])
+    target = (Path(__file__).parent / "h100.txtpb").read_text()
+    return topologies.get_topology_desc("1x1x1", "cuda", target_config=target, topology="1x1x1")
+
+
+class Compiler:
+    """Compiles functions of shapes for one absent device."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.platform, self.kind = ("tpu", TPUS[name][1]) if name in TPUS else ("gpu", H100)
+        self.sharding = SingleDeviceSharding(topology(name).devices[0])
+
+    def __call__(self, function, *shapes, donate=()):
+        """The compiled program; `shapes` are pytrees of ShapeDtypeStruct."""
+
+        def place(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
+
+        # A new function each time: jax keeps traces of functions, for whichever device.
+        fresh = functools.wraps(function)(lambda *arguments: function(*arguments))
+        with compiling_for(self.platform, self.kind):
+            lowered = jax.jit(fresh, donate_argnums=donate).lower(*jax.tree.map(place, shapes))
+            return lowered.compile()
+
+
+@pytest.fixture(params=[*TPUS, "h100"])
+def compile_for(request) -> Compiler:
+    """A compiler for each device that can be compiled for here."""
+    name = request.param
+    if name in TPUS and not HAS_LIBTPU:
+        pytest.skip("libtpu is not installed; pip install libtpu would let this run")
+    if name == "h100" and not HAS_CUDA:
+        pytest.skip("jax[cuda13] is not installed; an environment with it would let this run")
+    return Compiler(name)
