@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import gptoss_jax as gj
 from gptoss_jax import cli, conversation
+from gptoss_jax.benchmarking import timing, tuning
 from gptoss_jax.cli import options
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.harmony import Tokenizer
@@ -323,6 +324,68 @@ def test_a_large_checkpoint_is_not_hashed_unasked(gptoss, folder, monkeypatch):
     )
 
 
+def test_info_says_which_kernels_would_run(gptoss, folder):
+    arguments = ("info", "--checkpoint", folder, "--dispatch", "--context", "40")
+
+    status, here, _ = gptoss(*arguments)
+    _, there, _ = gptoss(*arguments, "--platform", "tpu", "--batch", "8", "--json")
+
+    assert status == 0
+    assert "prefill, 40 tokens" in here and "window 8" in here and "the fastest on CPU" in here
+    rows = json.loads(there)["dispatch"]
+    assert {row["implementation"] for row in rows} == {"mosaic_tpu"}
+    assert len(here.splitlines()) == 1 + len(rows)
+
+
+# bench
+
+
+def test_bench_kernels_measures_and_keeps_the_report(gptoss, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS_A_SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "SAMPLES", 1)
+    file = tmp_path / "report.json"
+
+    arguments = ("--match", "decode on rings", "--output", str(file))
+    status, out, err = gptoss("bench", "kernels", "--debug", *arguments)
+    assert err == ""
+
+    *table, last = out.splitlines()
+    report = json.loads(last)
+    assert status == 0 and report == json.loads(file.read_text())
+    (row,) = report["rows"]
+    assert (row["op"], row["case"], row["implementation"], row["pass"]) == (
+        *("sink_attention", "decode on rings", "xla", "forward"),
+    )
+    # 8 rows, 64 query heads of 64 in and out, 128 keys and values of 8 heads of 64, float32.
+    num_bytes = 4 * 8 * 64 * (2 * 64 + 2 * 128 * 8)
+    assert row["gigabytes_per_s"] == pytest.approx(num_bytes / row["milliseconds"] / 1e6)
+    assert row["share_of_copy"] == pytest.approx(
+        1e9 * row["gigabytes_per_s"] / report["ceilings"]["bytes_per_s"]
+    )
+    assert {"jax", "flax"} <= set(report["versions"])
+    assert "decode on rings" in table[-1] and f"{row['milliseconds']:.3f}ms" in table[-1]
+
+
+def test_tuning_keeps_the_fastest_blocks(tmp_path, monkeypatch):
+    table = tmp_path / "tuned.json"
+    table.write_text("[]")
+
+    def pretend(forward, q, **given):
+        return timing.Timing(median=times.pop(0), low=0.0, high=0.0)
+
+    # 1 x 128 at first; twice the rows is slower, half the keys is best, nothing beyond it is.
+    times = [1.0, 1.2, 0.9, 0.5, *[0.7] * 20]
+    monkeypatch.setattr(tuning, "time_chain", pretend)
+
+    tuning.tune_attention("decode on rings", "float32", table)
+
+    (row,) = json.loads(table.read_text())
+    assert (row["op"], row["implementation"], row["device"]) == ("sink_attention", "xla", "cpu")
+    assert row["shape"] == "decode, window, H=64, float32"
+    assert row["milliseconds"] == 500.0
+    assert row["tiles"] != {"rows": 1, "keys": 128, "splits": 1}
+
+
 # Mistakes
 
 
@@ -332,6 +395,8 @@ def test_a_large_checkpoint_is_not_hashed_unasked(gptoss, folder, monkeypatch):
         (["chat", "--checkpoint", "/nowhere", "Hi"], "path: expected a checkpoint folder, got"),
         (["chat", "--checkpoint", "EMPTY", "Hi"], "path: expected a checkpoint folder, with"),
         (["info", "--checkpoint", "/nowhere"], "path: expected a checkpoint folder, got"),
+        (["info", "--dispatch", "--context", "0"], "context: expected 1 to 512 tokens, got 0"),
+        (["bench", "kernels", "--output", "/nowhere/a"], "--output: expected a file in a folder"),
         (["generate", "--checkpoint", "/nowhere", "Hi"], "folder: expected the folder of a checkp"),
         (["chat", "--dtype", "float16", "Hi"], "dtype: expected bfloat16 or float32, got float16"),
         (["chat", "too long " * 512], "messages: expected a prompt shorter than the context"),
@@ -346,7 +411,7 @@ def test_a_large_checkpoint_is_not_hashed_unasked(gptoss, folder, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line(gptoss, folder, tmp_path, arguments, complaint):
-    if "--checkpoint" not in arguments:
+    if "--checkpoint" not in arguments and arguments[0] != "bench":
         arguments = [arguments[0], "--checkpoint", folder, *arguments[1:]]
     arguments = [str(tmp_path) if word == "EMPTY" else word for word in arguments]
 
@@ -414,12 +479,13 @@ def test_what_goes_wrong_inside(gptoss, monkeypatch, error, status, expected):
 # Around it
 
 
-@pytest.mark.parametrize("name", ["chat", "generate", "info"])
+@pytest.mark.parametrize("name", ["chat", "generate", "info", "bench"])
 def test_help_lists_every_option(gptoss, name):
     status, out, _ = gptoss(name, "--help")
 
     fields = [field.name for field in dataclasses.fields(cli.COMMANDS[name])]
-    missing = [f for f in fields if f != "text" and "--" + f.replace("_", "-") not in out]
+    named = [field for field in fields if field not in ("text", "what")]  # what needs no dashes
+    missing = [field for field in named if "--" + field.replace("_", "-") not in out]
     assert (status, missing) == (0, [])
 
 

@@ -70,8 +70,8 @@ def measure_ceilings(dtype: str) -> Ceilings:
 def row(
     names: tuple[str, str, str, str],
     seconds: Timing,
-    flops: float,
-    num_bytes: float,
+    flops: int | float,
+    num_bytes: int | float,
     ceilings: Ceilings,
 ) -> dict[str, Any]:
     """One line of a report; `names` are those of the op, the case, the implementation, the pass."""

@@ -6,14 +6,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.table import Column, Table
-
 import gptoss_jax
 from gptoss_jax.cli.options import Flag, OfCheckpoint, Text
 from gptoss_jax.cli.output import print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gptoss_jax.weights.describe import Description
 
 QUICK_BYTES = 1 << 30  # what is hashed without being asked: about a second
@@ -55,6 +54,8 @@ class Info(OfCheckpoint):
 
     def print_dispatch(self, found: "Description") -> int:
         """A row for each op, phase and kind of layer."""
+        from rich.table import Table
+
         from gptoss_jax.planning import dispatches
 
         context = min(self.context, found.config.max_context)
@@ -75,8 +76,10 @@ class Info(OfCheckpoint):
         return 0
 
 
-def console() -> Console:
+def console() -> "Console":
     """For tables; one line a row where lines are searched."""
+    from rich.console import Console
+
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
@@ -105,6 +108,8 @@ def description_as_json(folder: str, found: "Description", digest: str | None) -
 
 def print_description(facts: dict[str, Any]) -> None:
     """The same facts as two tables."""
+    from rich.table import Column, Table
+
     summary = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     parameters, devices = facts["parameters"], facts["devices"]
     config = {name: value for name, value in facts["config"].items() if name != "rope"}
