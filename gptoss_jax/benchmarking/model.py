@@ -8,7 +8,7 @@ weights, the cache and the products of the active parameters cost time; it is co
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def decode_row(decoder: Decoder, batch: int, ceilings: Ceilings) -> dict[str, An
     together = _seconds(lambda: run.advance(STEPS))
     apart = _seconds(step_by_step, samples=1)
     step = together[len(together) // 2] / STEPS
-    needed = bytes_per_step(decoder, batch)
+    needed = bytes_per_step(decoder.config, decoder.leaves, decoder.dtype.itemsize, batch)
     return {
         "case": f"decode, {batch} rows",
         "tokens_per_s": batch / step,
@@ -149,7 +149,7 @@ def prefill_row(decoder: Decoder, length: int, ceilings: Ceilings) -> dict[str, 
     """Tokens a second of one long prompt."""
     samples = _seconds(lambda: begin(decoder, 1, length, 1))
     seconds = samples[len(samples) // 2]
-    flops = flops_of_prompt(decoder, length)
+    flops = flops_of_prompt(decoder.config, length)
     return {
         "case": f"prefill, {length} tokens",
         "tokens_per_s": length / seconds,
@@ -172,24 +172,22 @@ def _seconds(call: Callable[[], object], samples: int = SAMPLES) -> list[float]:
     return sorted(found)
 
 
-def bytes_per_step(decoder: Decoder, batch: int) -> float:
+def bytes_per_step(config: ModelConfig, leaves: Sequence[Any], item: int, batch: int) -> float:
     """What a step has to read: all weights but the embedding and the experts nobody chose, and the
-    cache. Experts are taken to be chosen evenly."""
-    config = decoder.config
+    cache. Experts are taken to be chosen evenly; `item` is the bytes of a number."""
     chosen = 1 - (1 - config.experts_per_token / config.num_experts) ** batch
     weights = 0.0
-    for leaf in decoder.leaves:
+    for leaf in leaves:
         of_experts = leaf.ndim >= 3 and leaf.shape[0] == config.num_experts
         weights += leaf.nbytes * (chosen if of_experts else 1)
-    weights -= config.vocab_size * config.embed_dim * decoder.dtype.itemsize
+    weights -= config.vocab_size * config.embed_dim * item
     slots = sum(min(CONTEXT, config.window(layer) or CONTEXT) for layer in range(config.num_layers))
-    width = config.num_kv_heads * config.head_dim * decoder.dtype.itemsize
+    width = config.num_kv_heads * config.head_dim * item
     return weights + 2 * batch * slots * width
 
 
-def flops_of_prompt(decoder: Decoder, length: int) -> float:
+def flops_of_prompt(config: ModelConfig, length: int) -> float:
     """Products of the active parameters (the unembedding once) and of attention."""
-    config = decoder.config
     D, F, N, H = config.embed_dim, config.hidden_dim, config.num_heads, config.head_dim
     attention = D * H * (2 * N + 2 * config.num_kv_heads)
     experts = config.experts_per_token * 3 * D * F + config.num_experts * D
