@@ -22,8 +22,10 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; codes 8..15 are t
 # How the bytes lie on a device. X is the axis before the packed one: the outputs of a matrix.
 #   published    blocks [..., X, C, 16], scales [..., X, C]
 #   scales_last  blocks as published, scales [..., C, X]
-#   inputs_first blocks [..., C, 16, X], scales [..., C, X]
+#   inputs_first blocks [..., 16 C, X'], scales [..., C', X']: outputs side by side, as TPUs have
+#                lanes; X' and C' are X and C filled up to whole tiles, or XLA would rearrange them
 ORDERS = ("published", "scales_last", "inputs_first")
+LANES, SCALE_ROWS = 128, 32  # a tile of bytes on a TPU
 
 
 @nnx.dataclass
@@ -31,18 +33,22 @@ class Mxfp4(nnx.Pytree):
     """A tensor `[..., X, 32 * C]` as the published bytes, or as a permutation of them.
 
     Leading axes are free, so a slice of the tensor is a slice of both members. Scale bytes 0 and
-    255 mean 2^-127 and NaN.
+    255 mean 2^-127 and NaN. `outputs` is X where the order fills it up.
     """
 
     blocks: UInt8[jax.Array, "..."] = nnx.data()
     scales: UInt8[jax.Array, "..."] = nnx.data()
     order: str = nnx.static(default="published")
+    outputs: int | None = nnx.static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor the bytes stand for."""
+        if self.order == "inputs_first":
+            *lead, half_width, padded = self.blocks.shape
+            return (*lead, self.outputs or padded, 2 * half_width)
         sizes = self.scales.shape
-        if self.order != "published":
+        if self.order == "scales_last":
             sizes = (*sizes[:-2], sizes[-1], sizes[-2])
         return (*sizes[:-1], sizes[-1] * BLOCK)
 
@@ -54,14 +60,43 @@ class Mxfp4(nnx.Pytree):
         """The same tensor with its bytes in another of ORDERS; jittable."""
         if order == self.order:
             return self
-        blocks, scales = self.blocks, self.scales
-        if self.order == "inputs_first":
-            blocks = jnp.moveaxis(blocks, -1, -3)
-        if order == "inputs_first":
-            blocks = jnp.moveaxis(blocks, -3, -1)
-        if (self.order == "published") != (order == "published"):
-            scales = scales.swapaxes(-1, -2)
-        return Mxfp4(blocks, scales, order)
+        if self.order != "published":
+            published = Mxfp4(
+                published_blocks(self.blocks, self.order, self.shape),
+                published_scales(self.scales, self.order, self.shape),
+            )
+            return published.arranged(order)
+        scales = self.scales.swapaxes(-1, -2)
+        if order == "scales_last":
+            return Mxfp4(self.blocks, scales, order)
+        *lead, outputs, num_blocks, half_block = self.blocks.shape
+        blocks = jnp.moveaxis(self.blocks, -3, -1).reshape(*lead, num_blocks * half_block, outputs)
+        padding = [(0, 0)] * len(lead)
+        lanes = (0, -outputs % LANES)
+        return Mxfp4(
+            jnp.pad(blocks, [*padding, (0, 0), lanes]),
+            jnp.pad(scales, [*padding, (0, -num_blocks % SCALE_ROWS), lanes]),
+            order,
+            outputs,
+        )
+
+
+def published_blocks(blocks, order: str, shape: tuple[int, ...]):
+    """Blocks of a tensor of that shape, from another order. Arrays are jax's or NumPy's, and may be
+    some rows of the first axis."""
+    if order != "inputs_first":
+        return blocks
+    lead, outputs = blocks.shape[:-2], shape[-2]
+    blocks = blocks[..., :outputs].reshape(*lead, shape[-1] // BLOCK, BLOCK // 2, outputs)
+    axes = len(lead)
+    return blocks.transpose(*range(axes), axes + 2, axes, axes + 1)
+
+
+def published_scales(scales, order: str, shape: tuple[int, ...]):
+    """The same for scales."""
+    if order == "published":
+        return scales
+    return scales[..., : shape[-1] // BLOCK, : shape[-2]].swapaxes(-1, -2)
 
 
 def check_mxfp4(
@@ -71,22 +106,29 @@ def check_mxfp4(
     order: str = "published",
 ) -> None:
     """Raise ValueError where blocks and scales cannot belong to one tensor."""
-    before, last = (1, *scales_shape)[-2:]
-    swapped = (*scales_shape[:-2], last, before)
-    layouts = {
-        "published": ("blocks [..., C, 16] and scales [..., C]", (*scales_shape, BLOCK // 2)),
-        "scales_last": ("blocks [..., X, C, 16] and scales [..., C, X]", (*swapped, BLOCK // 2)),
-        "inputs_first": (
-            "blocks [..., C, 16, X] and scales [..., C, X]",
-            (*scales_shape[:-1], BLOCK // 2, last),
-        ),
-    }
-    wanted, shape = layouts[order]
-    if blocks_shape != shape:
+    wanted = {
+        "published": "blocks [..., C, 16] and scales [..., C]",
+        "scales_last": "blocks [..., X, C, 16] and scales [..., C, X]",
+        "inputs_first": "blocks [..., 16 C, X] and scales [..., C, X], both filled up to tiles",
+    }[order]
+    if not _fit(blocks_shape, scales_shape, order):
         raise ValueError(
             f"{name}: expected {wanted}, got blocks {list(blocks_shape)} and scales "
             f"{list(scales_shape)}; are they of one tensor?"
         )
+
+
+def _fit(blocks: tuple[int, ...], scales: tuple[int, ...], order: str) -> bool:
+    if order == "published":
+        return blocks == (*scales, BLOCK // 2)
+    if len(scales) < 2:
+        return False
+    *lead, num_blocks, outputs = scales
+    if order == "scales_last":
+        return blocks == (*lead, outputs, num_blocks, BLOCK // 2)
+    known = blocks[:-2] == tuple(lead) and blocks[-1:] == (outputs,)
+    filled = -(-blocks[-2] // (BLOCK // 2) // SCALE_ROWS) * SCALE_ROWS if known else 0
+    return known and blocks[-2] % (BLOCK // 2) == 0 and num_blocks == filled
 
 
 def exponent_of_two(scales: UInt8[jax.Array, "..."]) -> Float[jax.Array, "..."]:

@@ -95,9 +95,11 @@ class Attention(nnx.Module):
         kept, seen, k_positions = extend_layer(
             cache, k, v, positions=place.positions, lengths=place.lengths, window=self.window
         )
+        keys, values = seen.heads(q.shape[-1])
         out = sink_attention(
             q,
-            *seen.heads(q.shape[-1]),
+            keys,
+            values,
             self.sinks[...],
             q_positions=place.positions,
             k_positions=k_positions,

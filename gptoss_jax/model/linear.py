@@ -34,19 +34,25 @@ def _row_twice(row, kernel):
     return _product(jnp.concatenate([row, row]), kernel)[:1]
 
 
-def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the table."""
-    return _look_up_bits(table, tokens) if table.dtype == jnp.bfloat16 else table[tokens]
-
-
 @jax.custom_vjp
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the table; their gradients are added up in float32."""
+    if table.dtype != jnp.bfloat16:
+        return table[tokens]
+    return jax.lax.platform_dependent(table, tokens, cpu=_look_up_bits, default=_look_up)
+
+
+def _look_up(table, tokens):
+    return table[tokens]
+
+
 def _look_up_bits(table, tokens):
     bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
     return jax.lax.bitcast_convert_type(bits, table.dtype)
 
 
 def _forward(table, tokens):
-    return _look_up_bits(table, tokens), (table, tokens)
+    return look_up(table, tokens), (table, tokens)
 
 
 def _backward(residuals, gradient):
@@ -55,4 +61,4 @@ def _backward(residuals, gradient):
     return by_row.astype(table.dtype), np.zeros(tokens.shape, jax.dtypes.float0)
 
 
-_look_up_bits.defvjp(_forward, _backward)
+look_up.defvjp(_forward, _backward)

@@ -6,7 +6,9 @@ the same names as in the table of names.py, and the same shapes, however the byt
 device. Knows no files.
 """
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +17,15 @@ from flax import nnx
 from jaxtyping import Shaped
 
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.mxfp4 import BLOCK, Mxfp4
+from gptoss_jax.mxfp4 import BLOCK, Mxfp4, published_blocks, published_scales
 
 
 class Rearranged(NamedTuple):
     """A member of an Mxfp4 in another order of bytes, with the shape it has when published."""
 
     array: Any
-    member: str  # "blocks" or "scales"
     shape: tuple[int, ...]
+    published: Callable[[np.ndarray], np.ndarray]  # rows of `array` -> as published
 
     @property
     def dtype(self) -> np.dtype:
@@ -31,25 +33,23 @@ class Rearranged(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.array.nbytes
-
-    def published(self, rows: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Rows of `array` in the published order."""
-        if rows.shape[1:] == self.shape[1:]:
-            return rows
-        return np.moveaxis(rows, -1, -3 if self.member == "blocks" else -2)
+        return math.prod(self.shape)
 
 
 def _members(name: str, value: Mxfp4) -> dict[str, Any]:
-    members = {"blocks": value.blocks, "scales": value.scales}
+    members: dict[str, Any] = {"blocks": value.blocks, "scales": value.scales}
     if value.order != "published":
-        *lead, width = value.shape
-        shapes = {
-            "blocks": (*lead, width // BLOCK, BLOCK // 2),
-            "scales": (*lead, width // BLOCK),
-        }
+        shape, order = value.shape, value.order
+        sizes = (*shape[:-1], shape[-1] // BLOCK)
         members = {
-            member: Rearranged(array, member, shapes[member]) for member, array in members.items()
+            "blocks": Rearranged(
+                value.blocks,
+                (*sizes, BLOCK // 2),
+                functools.partial(published_blocks, order=order, shape=shape),
+            ),
+            "scales": Rearranged(
+                value.scales, sizes, functools.partial(published_scales, order=order, shape=shape)
+            ),
         }
     return {f"{name}.{member}": array for member, array in members.items()}
 
@@ -82,7 +82,7 @@ def with_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> Transfor
         value = variable.get_value()
         if isinstance(value, Mxfp4):
             blocks, scales = (arrays[f"{name}.{member}"] for member in ("blocks", "scales"))
-            return variable.replace(Mxfp4(blocks, scales, order=value.order))
+            return variable.replace(Mxfp4(blocks, scales, order=value.order, outputs=value.outputs))
         return variable.replace(arrays[name])
 
     flat = [(path, filled(path, variable)) for path, variable in nnx.to_flat_state(state)]

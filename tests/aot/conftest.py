@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from gptoss_jax.device import compiling_for
@@ -51,13 +52,18 @@ class Compiler:
     def __call__(self, function, *shapes, donate=()):
         """The compiled program; `shapes` are pytrees of ShapeDtypeStruct."""
 
-        def place(leaf):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
+        def place(path, leaf):
+            sharding = self.sharding
+            if "['embed']" in jax.tree_util.keystr(path) and self.platform == "tpu":
+                sharding = Format(Layout(major_to_minor=(0, 1)), sharding)  # as load.py puts it
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         # A new function each time: jax keeps traces of functions, for whichever device.
         fresh = functools.wraps(function)(lambda *arguments: function(*arguments))
         with compiling_for(self.platform, self.kind):
-            lowered = jax.jit(fresh, donate_argnums=donate).lower(*jax.tree.map(place, shapes))
+            lowered = jax.jit(fresh, donate_argnums=donate).lower(
+                *jax.tree_util.tree_map_with_path(place, shapes)
+            )
             return lowered.compile()
 
 

@@ -29,8 +29,18 @@ def selected(case: cases.Case, dtype: str, kind: str) -> bool:
     return kind == "plain" or case.name not in PLAIN_ONLY
 
 
+def marks(case: cases.Case, dtype: str, kind: str, name: str) -> tuple:
+    """Interpreters are slow: one case is always run through them, the others on demand."""
+    always = name == "xla" or (case.name, dtype, kind) == ("one row", "bfloat16", "packed")
+    return () if always else (pytest.mark.interpreter,)
+
+
 EVERYTHING = [
-    pytest.param(case, *kind, name, id=f"{name}, {kind[0]}, {kind[1]}, {case.name}")
+    pytest.param(
+        *(case, *kind, name),
+        id=f"{name}, {kind[0]}, {kind[1]}, {case.name}",
+        marks=marks(case, *kind, name),
+    )
     for name in IMPLEMENTATIONS
     for case in cases.CASES
     for kind in (GPU_KINDS if name == "mosaic_gpu" else KINDS)
@@ -44,7 +54,11 @@ HERE = [
 ]
 everywhere = pytest.mark.parametrize(
     ("dtype", "implementation"),
-    [("bfloat16" if name == "mosaic_gpu" else "float32", name) for name in IMPLEMENTATIONS],
+    [
+        ("float32", "xla"),
+        pytest.param("float32", "mosaic_tpu", marks=pytest.mark.interpreter),
+        pytest.param("bfloat16", "mosaic_gpu", marks=pytest.mark.interpreter),
+    ],
 )
 
 

@@ -48,8 +48,9 @@ class Static(NamedTuple):
 class Groups(NamedTuple):
     """Which rows there are. `rows` is a whole number of tiles.
 
-    Tiles come in the order of their experts. Those behind the last that is used repeat its expert,
-    so that no weights need be read for them; whatever they hold, NaN too, is never looked at.
+    Tiles come in the order of their experts, or in that of the pairs where these are few. Those
+    behind the last that is used repeat its expert, so that no weights need be read for them;
+    whatever they hold, NaN too, is never looked at.
     """
 
     row_of_pair: Int[Array, " M"]
@@ -115,7 +116,9 @@ class Kernels(Protocol):
         groups: Groups,
         num_experts: int,
     ) -> Float[Array, "E P X I"]:
-        """left^T right of each expert's rows, in float32; zeros where an expert has none.
+        """left^T right of each expert's rows, in left's dtype; zeros where an expert has none.
+
+        Sums are float32. An expert's tiles need not stand together where pairs are few.
 
         Rows that fill up tiles are zero in `left`; tiles that are not used must not be added.
         """

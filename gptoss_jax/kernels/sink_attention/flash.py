@@ -162,7 +162,8 @@ def _forward(static: Static, q, k, v, sinks, places: Places):
         out, lse = kernels.forward(static, q, k, v, sinks, places, by_rows)
         out, lse = out[0].astype(q.dtype), lse[0]
     else:
-        out, lse = _merged(*kernels.forward(static, q, k, v, None, places, by_rows), sinks, q.dtype)
+        parts, parts_lse = kernels.forward(static, q, k, v, None, places, by_rows)
+        out, lse = _merged(parts, parts_lse, sinks, q.dtype)
     return out, (q, k, v, sinks, places, out, lse)
 
 
