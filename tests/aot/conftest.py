@@ -28,6 +28,7 @@ HAS_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is not None
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask for a pod's metadata
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several tests at a time
 if HAS_CUDA:  # read when the compile-only client is made
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model compiles for TPU and GPU: a decode step, a prompt, a backward pass.
 
-20b is compiled whole for one device of each kind that holds it; 120b, and what would take minutes,
-with four layers, two of each kind, whose programs are those of all others.
+A decode step of 20b is compiled whole; 120b, and what would take minutes, with two layers, one of
+each kind, whose programs are those of all others.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.device import compiling_for
 from gptoss_jax.model.cache import empty_cache
-from gptoss_jax.model.moe import PackedParam
 from gptoss_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.aot
@@ -63,28 +62,29 @@ def test_20b_decodes_within_256_mib_of_temporaries(compile_for):
 
 @pytest.mark.parametrize("batch", [8, 32])
 def test_120b_decodes(compile_for, batch):
-    compiled = step(compile_for, "120b", 4, tokens=1, capacity=8192, batch=batch)
+    compiled = step(compile_for, "120b", 2, tokens=1, capacity=8192, batch=batch)
 
     assert temporaries(compiled) < 256 * MIB
 
 
 @pytest.mark.parametrize("name", ["20b", "120b"])
 def test_prompt_of_4096(compile_for, name):
-    compiled = step(compile_for, name, 4, tokens=4096, capacity=4096)
+    compiled = step(compile_for, name, 2, tokens=4096, capacity=4096)
 
     assert temporaries(compiled) < 2048 * MIB
 
 
 def test_backward_through_packed_experts(compile_for):
-    _, graph, state = abstract_model(compile_for, "20b", 4)
-    graph, packed, plain = nnx.split(nnx.merge(graph, state), PackedParam, ...)
+    """To the weights of attention, as in training adapters: nothing is kept but bytes and rows."""
+    _, graph, state = abstract_model(compile_for, "20b", 2)
+    graph, trained, rest = nnx.split(nnx.merge(graph, state), nnx.PathContains("attn"), ...)
 
-    def loss(plain, packed, tokens):
-        model = nnx.merge(graph, packed, plain)
+    def loss(trained, rest, tokens):
+        model = nnx.merge(graph, trained, rest)
         return model.hidden(tokens).astype(jnp.float32).sum()
 
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-    compiled = compile_for(jax.grad(loss), plain, packed, tokens)
+    compiled = compile_for(jax.grad(loss), trained, rest, tokens)
 
-    dequantised = 3 * 2880 * 2880 * 2 * 32
-    assert temporaries(compiled) < 4 * dequantised  # of four layers, none of them whole
+    dequantised = 3 * 2880 * 2880 * 2 * 32  # of one layer
+    assert temporaries(compiled) < dequantised
