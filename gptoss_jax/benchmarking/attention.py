@@ -2,6 +2,7 @@
 """Sink attention over the speed cases: our kernels, the plain XLA program, cuDNN beside them."""
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,8 @@ def contenders(case: Speed, dtype: str) -> dict[str, Callable[..., jax.Array]]:
         found[name] = functools.partial(sink_attention, window=case.window, implementation=name)
     if target().platform == "gpu" and dtype == "bfloat16":
         found["cudnn"] = functools.partial(_cudnn, case.window)
+        if importlib.util.find_spec("tokamax"):
+            found["tokamax, no sinks"] = functools.partial(_tokamax, case.window)
     return found
 
 
@@ -98,6 +101,17 @@ def _cudnn(window: int | None, q, k, v, sinks, q_positions, k_positions) -> jax.
     )
     share = jax.nn.sigmoid(lse.astype(jnp.float32) - sinks.astype(jnp.float32)[None, None])
     return (out * share[..., None]).astype(q.dtype)
+
+
+def _tokamax(window: int | None, q, k, v, sinks, q_positions, k_positions) -> jax.Array:
+    """Attention without sinks, which it has not, nor the log-sum-exp that would let us add them."""
+    import tokamax  # an optional rival, for its speed alone
+
+    return tokamax.dot_product_attention(
+        *(q, k, v),
+        is_causal=q.shape[1] == k.shape[1],
+        local_window_size=None if window is None or q.shape[1] == 1 else (window - 1, 0),
+    ).astype(q.dtype)
 
 
 def _gradients(attend, q, k, v, sinks, **places) -> jax.Array:

@@ -15,7 +15,7 @@ from gptoss_jax import device
 from gptoss_jax.kernels.expert_matmul import cases, expert_mlp, reference
 from gptoss_jax.kernels.expert_matmul.api import IMPLEMENTATIONS
 from gptoss_jax.kernels.expert_matmul.nibbles import unpack_halves
-from gptoss_jax.mxfp4 import Mxfp4
+from gptoss_jax.mxfp4 import Mxfp4, unpack
 
 NAMES = ("x", "weights", "gate_up", "gate_up_bias", "down", "down_bias")
 KINDS = (("float32", "plain"), ("float32", "packed"), ("bfloat16", "packed"))
@@ -277,6 +277,28 @@ def test_forms_of_the_reference_agree(kind, monkeypatch):
     by_pairs = through(*given, "xla")
 
     np.testing.assert_allclose(by_experts, by_pairs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.interpreter)]
+)
+@pytest.mark.parametrize("name", ["at random", "one row"])
+def test_packed_and_unpacked_experts_agree(name, implementation):
+    inputs = cases.make_inputs(named(name))
+    arrays, ids, bytes_ = on_device(inputs, "float32", "packed")
+    plain = {kind: unpack(packed, jnp.float32) for kind, packed in bytes_.items()}
+
+    with jax.default_matmul_precision("highest"):
+        kept, unpacked = (
+            np.asarray(
+                jax.jit(functools.partial(through, implementation=implementation))(
+                    arrays, ids, weights
+                )
+            )
+            for weights in (bytes_, plain)
+        )
+
+    np.testing.assert_allclose(kept, unpacked, rtol=0, atol=1e-6 * np.abs(unpacked).max())
 
 
 def test_halves_are_the_published_values_bit_for_bit():
