@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax import compat
 from gptoss_jax.device import interpreting
+from gptoss_jax.kernels.sink_attention import gpu_registers as registers
 from gptoss_jax.kernels.sink_attention.flash import NOTHING, Places, Ranges, Static, Tiles
 
 TAKES_SINKS = False
@@ -132,6 +133,8 @@ class _Plan(NamedTuple):
 
 def _plan(static: Static, ranges: Ranges, mine: int, other: int, step: int, q, k) -> _Plan:
     """For queries in place; blocks have `mine` and `other` rows."""
+    if not {mine, other} <= {_ROWS, 2 * _ROWS}:
+        raise ValueError(f"tiles: expected 64 or 128 rows and keys, got {static.tiles}; run --tune")
     items = (*ranges.first.shape, q.shape[2])
     fitting = _RING_BYTES // (2 * step * q.shape[-1] * q.dtype.itemsize)
     return _Plan(
@@ -205,15 +208,19 @@ def _forward(plan, q_places, k_places, ranges, q, k, v, out, lse, mine, ring, ba
         def meet(step, other, sums, *, masked: bool):
             seen = _seen(plan, rows, k_places, item.batch, other) if masked else None
             keys, values = ring.wait(step)
-            (logits,) = _products(plan, (mine[0].at[warpgroup], keys))
+            (logits,) = registers.products(plan.interpret, (mine[0].at[warpgroup], keys))
             weights, peak, total, sums = _softmax(plan, logits, seen, *sums)
-            (sums,) = _add_products(plan, (sums, weights.astype(q.dtype), values))
+            (sums,) = registers.add_products(
+                plan.interpret, (sums, weights.astype(q.dtype), values)
+            )
             ring.release(step)
             return peak, total, sums
 
         # A total of one at a peak that any key outweighs, so that nothing is divided by zero.
-        peak, total = (_filled(plan, value, (_ROWS,)) for value in (2 * NOTHING, 1.0))
-        begin = (peak, total, _filled(plan, 0.0, (_ROWS, q.shape[-1])))
+        peak, total = (
+            registers.filled(plan.interpret, value, (_ROWS,)) for value in (2 * NOTHING, 1.0)
+        )
+        begin = (peak, total, registers.filled(plan.interpret, 0.0, (_ROWS, q.shape[-1])))
         peak, total, sums = _walk(item.walk, meet, begin)
         sums *= lax.broadcast_in_dim(1.0 / total, sums.shape, (0,))
         out[item.split, item.batch, tile, :, item.head, :] = sums.astype(out.dtype)
@@ -251,7 +258,7 @@ def _backward(plan, q_places, k_places, ranges, q, k, v, dout, lse, delta, *rest
 
         def known(head: Array, tile: Array) -> list[Array]:
             at = (item.batch, head, tile)
-            return [_vector(plan, x, at, plan.query_axis) for x in (lse, delta)]
+            return [registers.vector(plan.interpret, x, at, plan.query_axis) for x in (lse, delta)]
 
         mine_known = known(item.head, tile) if rows_are_mine else []
 
@@ -261,17 +268,17 @@ def _backward(plan, q_places, k_places, ranges, q, k, v, dout, lse, delta, *rest
             step = step + head * item.walk.total
             theirs = ring.wait(step)
             pairs = zip((buffer.at[warpgroup] for buffer in mine), theirs, strict=True)
-            logits, dweights = _products(plan, *pairs)
+            logits, dweights = registers.products(plan.interpret, *pairs)
             factors = _slopes(plan, logits, dweights, seen, *lse_delta)
             factors = [x.astype(q.dtype) for x in factors]
-            sums = _add_products(plan, *zip(sums, factors, theirs, strict=False))
+            sums = registers.add_products(plan.interpret, *zip(sums, factors, theirs, strict=False))
             ring.release(step)
             return sums
 
         def one(head, sums):
             return _walk(item.walk, functools.partial(meet, head=head), sums)
 
-        zeros = _filled(plan, 0.0, (_ROWS, q.shape[-1]))
+        zeros = registers.filled(plan.interpret, 0.0, (_ROWS, q.shape[-1]))
         sums = lax.fori_loop(0, plan.heads, one, (zeros,) * len(gradients))
         sums = (sums[0] * plan.scale, *sums[1:])
         for gradient, total in zip(gradients, sums, strict=True):
@@ -451,52 +458,9 @@ def _seen(plan: _Plan, rows: list[Array], places, batch: Array, tile: Array) -> 
     return seen
 
 
-# How registers hold arrays, and how they are multiplied. The interpreter knows no layouts and no
-# product with a sum or an operand in registers: there all this is plain jnp.
-
-
 def _vectors(plan: _Plan, places, batch: Array, tile: Array, axis: int) -> list[Array]:
     """Positions, and segments if there are any, of a tile that runs along `axis` of the logits."""
-    return [_vector(plan, places, (batch, field, tile), axis) for field in range(places.shape[1])]
-
-
-def _vector(plan: _Plan, ref, at: tuple, axis: int) -> Array:
-    """From global memory, into the registers that hold `axis` of the logits."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return ref[at] if plan.interpret else plgpu.load(ref, at, layout=layout, optimized=False)
-
-
-def _filled(plan: _Plan, value: float, shape: tuple[int, ...]) -> Array:
-    x = jnp.full(shape, value, jnp.float32)
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return x if plan.interpret else plgpu.layout_cast(x, layout)
-
-
-_float32 = functools.partial(lax.convert_element_type, new_dtype=jnp.float32)
-
-
-def _products(plan: _Plan, *pairs) -> tuple[Array, ...]:
-    """a b^T of tiles in shared memory, all in flight at once."""
-    if plan.interpret:
-        return tuple(_float32(a[...]) @ _float32(b[...]).T for a, b in pairs)
-
-    def run(*sums):
-        for total, (a, b) in zip(sums, pairs, strict=True):
-            plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)))
-        return tuple(total[...] for total in sums)
-
-    shapes = [plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32) for a, b in pairs]
-    return pl.run_scoped(run, *shapes)
-
-
-def _add_products(plan: _Plan, *terms) -> tuple[Array, ...]:
-    """total + a b, with a in registers and b in shared memory, all in flight at once."""
-    if plan.interpret:
-        return tuple(total + _float32(a) @ _float32(b[...]) for total, a, b in terms)
-
-    def run(sums):
-        for total, (_, a, b) in zip(sums, terms, strict=True):
-            plgpu.wgmma(total, a, b)
-
-    totals: Any = tuple(plgpu.WGMMAAccumulatorRef.init(total) for total, _, _ in terms)
-    return pl.run_state(run)(totals)
+    return [
+        registers.vector(plan.interpret, places, (batch, field, tile), axis)
+        for field in range(places.shape[1])
+    ]
