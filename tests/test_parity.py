@@ -13,7 +13,7 @@ from checkpoints import write_checkpoint
 from flax import nnx
 from golden import cases
 
-from gptoss_jax.kernels.sink_attention import reference as attention
+from gptoss_jax.kernels.sink_attention import sink_attention
 from gptoss_jax.mxfp4 import Mxfp4, unpack
 from gptoss_jax.weights.load import load
 
@@ -149,13 +149,11 @@ def test_sink_attention_against_the_torch_function():
 
     for window in (None, 8):
         with jax.default_matmul_precision("highest"):
-            ours = attention.sink_attention(
+            ours = sink_attention(
                 *(jnp.asarray(x)[None] for x in (q.reshape(40, 6, 24), k, v)),
                 jnp.asarray(sinks),
                 q_positions=at,
                 k_positions=at,
-                q_segments=None,
-                k_segments=None,
                 window=window,
             )[0]
         tensors = [torch.from_numpy(x) for x in (q, k, v, sinks)]
