@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model compiles for TPU and GPU: a decode step, a prompt, a backward pass.
 
-A decode step of 20b is compiled whole; 120b, and what would take minutes, with two layers, one of
-each kind, whose programs are those of all others.
+A decode step is compiled whole wherever the weights fit one device; what does not, and what would
+take minutes, with two layers, one of each kind, whose programs are those of all others.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from gptoss_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.aot
 MIB = 1 << 20
+HOLD_120B = ("v5p", "h100")
 
 
 def abstract_model(compile_for, name: str, layers: int | None):
@@ -62,7 +63,8 @@ def test_20b_decodes_within_256_mib_of_temporaries(compile_for):
 
 @pytest.mark.parametrize("batch", [8, 32])
 def test_120b_decodes(compile_for, batch):
-    compiled = step(compile_for, "120b", 2, tokens=1, capacity=8192, batch=batch)
+    layers = None if compile_for.name in HOLD_120B else 2
+    compiled = step(compile_for, "120b", layers, tokens=1, capacity=8192, batch=batch)
 
     assert temporaries(compiled) < 256 * MIB
 
