@@ -95,7 +95,7 @@ def strategy(problem: Problem, choice: Choice) -> str:
     if choice.module is reference:
         few = pairs <= reference.FEW_PAIRS
         return "each pair by itself" if few else "each chosen expert once, its rows sorted"
-    few = pairs <= min(grouped.FEW_PAIRS, problem.E)
+    few = grouped.few_pairs(pairs, problem.E)
     return "a tile for each pair" if few else "rows sorted by expert"
 
 

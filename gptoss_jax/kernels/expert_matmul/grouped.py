@@ -226,11 +226,16 @@ def num_tiles(num_pairs: int, num_experts: int, tile: int) -> int:
     return (num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile
 
 
+def few_pairs(num_pairs: int, num_experts: int) -> bool:
+    """Whether each pair gets a tile of its own."""
+    return num_pairs <= min(FEW_PAIRS, num_experts)
+
+
 def group(ids: Int[Array, "R A"], num_experts: int, tile: int) -> Groups:
     """Sort pairs by expert and lay each expert's out from the beginning of a tile."""
     num_pairs, num_active = ids.size, ids.shape[1]
     tiles = num_tiles(num_pairs, num_experts, tile)
-    if num_pairs <= min(FEW_PAIRS, num_experts):
+    if few_pairs(num_pairs, num_experts):
         return _tile_for_each_pair(ids, tile)
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
