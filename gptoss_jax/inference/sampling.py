@@ -2,10 +2,12 @@
 """From logits to a token, one row at a time: whatever else is in the batch changes nothing.
 
 `Sampling` is what a caller asks for, `SamplingArrays` the same for a batch on the device. Knows no
-model and no text; decode.py calls `choose` once a step.
+model and no text; decode.py calls `choose` once a step. Where the vocabulary is split over devices,
+`shards` names the mesh axes, and vocabulary_shards.py does what needs all of them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +18,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, UInt32
 
+from gptoss_jax.inference.vocabulary_shards import (
+    Candidates,
+    Piece,
+    either,
+    first,
+    gumbel,
+    largest,
+    largest_and_total,
+    likeliest,
+)
 from gptoss_jax.shapes import Array
 
 LARGEST = 1e30  # settings are float32 on the device; the rest of its range is for the logits
 SIZE = "a number in [-1e30, 1e30]"
+CANDIDATES = 1024  # a larger top-k sorts the whole vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +91,21 @@ class Steps:
     drop: bool  # some row uses top-k, top-p or min-p
     penalise: bool  # some row has a penalty
     bias: bool  # some row has a logit bias
+    most: int = 0  # no row that drops looks past its `most` likeliest; 0: some row looks at all
+    whole: bool = True  # some row draws from the whole vocabulary
 
     @classmethod
     def needed(cls, rows: Sequence[Sampling]) -> "Steps":
+        drawn = [row for row in rows if row.temperature > 0]
+        dropping = [row for row in drawn if _drops(row)]
+        drop = any(map(_drops, rows))
+        few = all(0 < row.top_k <= CANDIDATES for row in dropping)
+        longest = max([16, *(row.top_k for row in dropping)])
         return cls(
-            draw=any(row.temperature > 0 for row in rows),
-            drop=any(row.top_k or row.top_p < 1 or row.min_p for row in rows),
+            draw=bool(drawn),
+            drop=drop,
+            most=_power_of_two(longest) if drop and few else 0,
+            whole=len(dropping) < len(drawn),
             penalise=any(
                 row.repetition_penalty != 1 or row.presence_penalty or row.frequency_penalty
                 for row in rows
@@ -125,7 +147,7 @@ def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays
                 f"logit_bias: expected token ids in [0, V={vocab_size}), got {outside}"
             )
     most = max([4, *(len(row.logit_bias) for row in rows)])
-    width = 1 << (most - 1).bit_length()  # few different widths, so few compilations
+    width = _power_of_two(most)
     tokens = np.full((len(rows), width), vocab_size, np.int32)  # out of bounds is dropped
     values = np.zeros((len(rows), width), np.float32)
     for index, row in enumerate(rows):
@@ -149,35 +171,56 @@ def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays
     )
 
 
+def saw_prompt(
+    seen: Seen, tokens: Int[Array, "B T"], counts: Int[Array, " B"], *, shards: tuple[str, ...] = ()
+) -> Seen:
+    """Add each row's first `counts` tokens, those of its prompt."""
+    vocab_size = seen.prompt.shape[1]
+    columns = Piece(shards, vocab_size).columns(tokens)
+    real = jnp.arange(tokens.shape[1])[None, :] < counts[:, None]
+    columns = jnp.where(real, columns, vocab_size)  # out of bounds is dropped
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return Seen(seen.prompt.at[rows, columns].set(True, mode="drop"), seen.generated)
+
+
+def saw_generated(
+    seen: Seen, tokens: Int[Array, " B"], counts: Int[Array, " B"], *, shards: tuple[str, ...] = ()
+) -> Seen:
+    """Count each row's token, which it generated `counts` times: once, or not at all."""
+    rows = jnp.arange(tokens.shape[0])
+    columns = Piece(shards, seen.generated.shape[1]).columns(tokens)
+    return Seen(seen.prompt, seen.generated.at[rows, columns].add(counts, mode="drop"))
+
+
 def choose(
     logits: Float[Array, "B V"],
     how: SamplingArrays,
     index: Int[Array, " B"],
     seen: Seen | None,
     steps: Steps,
+    *,
+    shards: tuple[str, ...] = (),
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of each row, and its log-probability under the untouched logits.
 
-    `index` numbers the row's tokens from 0 and, with the row's seed, fixes its random draw.
+    `index` numbers the row's tokens from 0 and, with the row's seed, fixes its random draw. Inside
+    `jax.shard_map`, `shards` are the mesh axes that split the vocabulary, the major one first;
+    `logits` and `seen` are this device's piece, the results are those of the whole, everywhere.
     """
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    piece = Piece(shards, logits.shape[1])
+    scores = logits
     if steps.penalise and seen is not None:
-        logits = penalised(logits, how, seen)
+        scores = penalised(scores, how, seen)
     if steps.bias:
-        rows = jnp.arange(logits.shape[0])[:, None]
-        logits = logits.at[rows, how.bias_tokens].add(how.bias_values, mode="drop")
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        scores = _biased(scores, how, piece)
+    found, peak, log_total = largest_and_total(scores, logits, piece)
     if steps.draw:
-        greedy = how.temperature == 0
         # From the peak downwards: a tiny temperature makes -inf of the others, not inf of several.
-        logits = logits - logits.max(axis=-1, keepdims=True)
-        logits = logits / jnp.maximum(how.temperature, 1 / LARGEST)[:, None]
-        if steps.drop:
-            logits = jnp.where(kept(logits, how), logits, -jnp.inf)
-        drawn = jnp.argmax(logits + _gumbel(how.seed, index, logits.shape[1]), axis=-1)
-        tokens = jnp.where(greedy, tokens, drawn.astype(jnp.int32))
-    chosen = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=1)[:, 0]
-    return tokens, chosen
+        scores = scores - found.score
+        scores = scores / jnp.maximum(how.temperature, 1 / LARGEST)[:, None]
+        drawn = _drawn(scores, logits, how, index, steps, piece)
+        found = either(how.temperature == 0, found, drawn)
+    return found.token[:, 0], ((found.logit - peak) - log_total)[:, 0]
 
 
 def penalised(logits: Float[Array, "B V"], how: SamplingArrays, seen: Seen) -> Float[Array, "B V"]:
@@ -199,32 +242,66 @@ def kept(logits: Float[Array, "B V"], how: SamplingArrays) -> Bool[Array, "B V"]
     vocab_size = logits.shape[1]
     logits = jnp.where(logits == 0, 0.0, logits)  # top_k puts -0.0 below 0.0
     descending, order = jax.lax.top_k(logits, vocab_size)
-    rank = jnp.arange(vocab_size)[None, :]
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    top_k = jnp.where(how.top_k == 0, vocab_size, how.top_k)[:, None]
-    survive = rank < top_k
-    # Top-p looks at what top-k left over, as if those were all the tokens there are.
-    probabilities = jnp.where(survive, probabilities, 0.0)
-    probabilities = probabilities / probabilities.sum(axis=-1, keepdims=True)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    survive &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
-    survive &= probabilities >= how.min_p[:, None] * probabilities[:, :1]
-    survive |= rank == 0  # also where top_p is 0 in float32
-    last = survive.sum(axis=-1, keepdims=True) - 1  # survivors are a prefix of the order
+    last = _survive(descending, how).sum(axis=-1, keepdims=True) - 1
     threshold = jnp.take_along_axis(descending, last, axis=1)
     last_token = jnp.take_along_axis(order, last, axis=1)
     token = jnp.arange(vocab_size)[None, :]
     return (logits > threshold) | ((logits == threshold) & (token <= last_token))
 
 
-def _gumbel(
-    seeds: UInt32[Array, " B"], index: Int[Array, " B"], vocab_size: int
-) -> Float[Array, "B V"]:
-    """Noise that turns an argmax into a draw from the softmax, a function of seed and index."""
+def _survive(descending: Float[Array, "B C"], how: SamplingArrays) -> Bool[Array, "B C"]:
+    """What `kept` keeps of a row's likeliest tokens: always the first few of them."""
+    rank = jnp.arange(descending.shape[1])[None, :]
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    survive = (rank < how.top_k[:, None]) | (how.top_k[:, None] == 0)
+    # Top-p looks at what top-k left over, as if those were all the tokens there are.
+    probabilities = jnp.where(survive, probabilities, 0.0)
+    probabilities = probabilities / probabilities.sum(axis=-1, keepdims=True)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    survive &= (before < how.top_p[:, None]) | (how.top_p[:, None] == 1)
+    survive &= probabilities >= how.min_p[:, None] * probabilities[:, :1]
+    return survive | (rank == 0)  # also where top_p is 0 in float32
 
-    def row(seed, step):
-        # Named: the faster generators one may set as jax's default depend on the other rows.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
 
-    return jax.vmap(row)(seeds, index)
+def _biased(logits: Float[Array, "B V"], how: SamplingArrays, piece: Piece) -> Float[Array, "B V"]:
+    rows = jnp.arange(logits.shape[0])[:, None]
+    columns = piece.columns(how.bias_tokens)
+    return logits.at[rows, columns].add(how.bias_values, mode="drop")
+
+
+def _drawn(
+    scores: Float[Array, "B V"],
+    logits: Float[Array, "B V"],
+    how: SamplingArrays,
+    index: Int[Array, " B"],
+    steps: Steps,
+    piece: Piece,
+) -> Candidates:
+    """One token of each row, drawn from the softmax of the scores that survive."""
+    noise = functools.partial(gumbel, how.seed, index, vocab_size=piece.vocab_size)
+
+    def drawn_from_all(scores):
+        return largest(scores + noise(piece.tokens(len(scores))), logits, piece)
+
+    def drawn_from_few():
+        few = likeliest(scores, logits, piece, most=steps.most)
+        survivors = jnp.where(_survive(few.score, how), few.score, -jnp.inf)
+        return first(few._replace(score=survivors + noise(few.token)))
+
+    if not steps.drop:
+        return drawn_from_all(scores)
+    if not steps.most:
+        survive = piece.cut(kept(piece.gather(scores)[0], how))
+        return drawn_from_all(jnp.where(survive, scores, -jnp.inf))
+    if not steps.whole:
+        return drawn_from_few()
+    return either(how.top_k > 0, drawn_from_few(), drawn_from_all(scores))
+
+
+def _drops(row: Sampling) -> bool:
+    return bool(row.top_k or row.top_p < 1 or row.min_p)
+
+
+def _power_of_two(number: int) -> int:
+    """At least `number`: few different sizes, so few compilations."""
+    return 1 << (number - 1).bit_length()
