@@ -2,5 +2,6 @@
 """Attention in which every query head has a learned sink."""
 
 from gptoss_jax.kernels.sink_attention.api import sink_attention
+from gptoss_jax.kernels.sink_attention.context import Context
 
-__all__ = ["sink_attention"]
+__all__ = ["Context", "sink_attention"]

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from gptoss_jax.device import interpreting
 from gptoss_jax.kernels.dispatch import Choice, Implementation, Op, tuned
 from gptoss_jax.kernels.sink_attention import flash
+from gptoss_jax.kernels.sink_attention.context import Context, attend_across
 
 FEW_ROWS = 64  # up to this many (token, head) pairs of a kv head are the rows of one block
 
@@ -56,8 +57,9 @@ def sink_attention(
     q_segments: Int[jax.Array, "B T"] | None = None,
     k_segments: Int[jax.Array, "B S"] | None = None,
     window: int | None = None,
+    context: Context | None = None,
     implementation: str | None = None,
-) -> Float[jax.Array, "B T N H"]:
+) -> Float[jax.Array, "B rows N H"]:
     """Grouped-query attention with one extra, value-less logit per query head.
 
     Key j is visible to query i when `0 <= k_positions[j] <= q_positions[i]`, when
@@ -65,6 +67,10 @@ def sink_attention(
     both are in the same segment. Position -1 marks an empty slot or a padding token. Query head n
     reads kv head n // G. Dot products are scaled by H^-0.5, sinks are not scaled. A query that
     sees nothing gives zeros. Differentiable in q, k, v and sinks.
+
+    With a `context`, inside `jax.shard_map`, these are this device's keys, and all that is said
+    above holds for the keys of all devices along some mesh axes together. The result has T rows;
+    with form "scattered" this device's share of them.
 
     `implementation` is "xla" (any device), "mosaic_tpu" or "mosaic_gpu"; None picks the best one
     available here, a named one runs or raises ValueError with every reason why not.
@@ -75,7 +81,7 @@ def sink_attention(
     problem = Problem(B, T, S, N, K, H, str(q.dtype), window, q_segments is not None)
     places = flash.Places(q_positions, k_positions, q_segments, k_segments)
     choice, tiles = choose(problem, implementation)
-    return run(choice.module, problem, tiles, interpreting(), q, k, v, sinks, places)
+    return run(choice.module, problem, tiles, interpreting(), context, q, k, v, sinks, places)
 
 
 def choose(problem: Problem, implementation: str | None = None) -> tuple[Choice, flash.Tiles]:
@@ -103,13 +109,14 @@ def _check(q, k, v, q_segments, k_segments, window) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def run(module, problem: Problem, tiles: flash.Tiles, interpret: bool, q, k, v, sinks, places):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def run(module, problem: Problem, tiles, interpret: bool, context, q, k, v, sinks, places):
     """The op with every choice made. Lays out rows as flash.py wants them; traced once for all
     layers of one shape."""
     static = flash.Static(module, problem.window, problem.H**-0.5, tiles, interpret)
+    attend = functools.partial(attend_across, context) if context else flash.attend
     if not problem.few_tokens or not module.FOLDS:
-        return flash.attend(static, q, k, v, sinks[:, None], places)
+        return attend(static, q, k, v, sinks[:, None], places)
     B, T, N, K, H = problem.B, problem.T, problem.N, problem.K, problem.H
     groups = N // K
     rows = q.reshape(B, T, K, groups, H).swapaxes(2, 3).reshape(B, T * groups, K, H)
@@ -119,8 +126,8 @@ def run(module, problem: Problem, tiles: flash.Tiles, interpret: bool, q, k, v, 
         lambda part: jnp.repeat(part, groups, axis=1), (places.q_positions, places.q_segments)
     )
     places = places._replace(q_positions=positions, q_segments=segments)
-    out = flash.attend(static, rows, k, v, row_sinks, places)
-    return out.reshape(B, T, groups, K, H).swapaxes(2, 3).reshape(q.shape)
+    out = attend(static, rows, k, v, row_sinks, places)
+    return out.reshape(B, -1, groups, K, H).swapaxes(2, 3).reshape(B, -1, N, H)
 
 
 def _compile(module: Any, problem: Problem) -> None:
@@ -134,7 +141,8 @@ def _compile(module: Any, problem: Problem) -> None:
         return jnp.zeros((B, T, N, H), dtype), kv, kv, jnp.zeros(N, dtype), places
 
     def total(q, k, v, sinks, places):
-        return run(module, problem, module.tiles(problem), False, q, k, v, sinks, places).sum()
+        tiles = module.tiles(problem)
+        return run(module, problem, tiles, False, None, q, k, v, sinks, places).sum()
 
     wanted = total if problem.few_tokens else jax.grad(total, argnums=(0, 1, 2, 3))
     jax.jit(wanted).lower(*jax.eval_shape(inputs)).compile()

@@ -129,18 +129,23 @@ def attend(
 ) -> Float[Array, "B R X H"]:
     """Attention of rows, with gradients of q, k, v and sinks. Fills up the last blocks."""
     num_rows = q.shape[1]
-    rows, keys, _ = static.tiles
-    q, k, v = _fill(q, rows), _fill(k, keys), _fill(v, keys)
     if sinks.shape[1] > 1:
-        sinks = _fill(sinks, rows)
-    q_positions, q_segments = (_fill(part, rows, -1) for part in places[0::2])
-    k_positions, k_segments = (_fill(part, keys, -1) for part in places[1::2])
-    places = Places(q_positions, k_positions, q_segments, k_segments)
+        sinks = fill(sinks, static.tiles.rows)
+    q, k, v, places = fill_all(static.tiles, q, k, v, places)
     out: Any = _attend(static, q, k, v, sinks.astype(jnp.float32), places)
     return out[:, :num_rows]
 
 
-def _fill(x: Any, block: int, value: int = 0) -> Any:
+def fill_all(tiles: Tiles, q: Array, k: Array, v: Array, places: Places):
+    """Rows and keys in whole blocks. What is added sees nothing and is not seen."""
+    rows, keys, _ = tiles
+    q_positions, q_segments = (fill(part, rows, -1) for part in places[0::2])
+    k_positions, k_segments = (fill(part, keys, -1) for part in places[1::2])
+    places = Places(q_positions, k_positions, q_segments, k_segments)
+    return fill(q, rows), fill(k, keys), fill(v, keys), places
+
+
+def fill(x: Any, block: int, value: int = 0) -> Any:
     """Lengthen axis 1 of x, which may be None, to a whole number of blocks; nothing is copied where
     it is one already."""
     if x is None or x.shape[1] % block == 0:
@@ -163,35 +168,65 @@ def _forward(static: Static, q, k, v, sinks, places: Places):
         out, lse = out[0].astype(q.dtype), lse[0]
     else:
         parts, parts_lse = kernels.forward(static, q, k, v, None, places, by_rows)
-        out, lse = _merged(parts, parts_lse, sinks, q.dtype)
+        out, lse = merged(parts, parts_lse, sinks, q.dtype)
     return out, (q, k, v, sinks, places, out, lse)
 
 
-def _merged(
-    parts: Float[Array, "P B R X H"], parts_lse: Float[Array, "P B X R"], sinks, dtype
+def merged(
+    parts: Float[Array, "P B R X H"],
+    parts_lse: Float[Array, "P B X R"],
+    sinks: Float[Array, "X R_or_1"] | None,
+    dtype: Any,
 ) -> tuple[Float[Array, "B R X H"], Float[Array, "B X R"]]:
-    """One result from partial ones, with the sinks."""
-    lse = jnp.logaddexp(jax.nn.logsumexp(parts_lse, axis=0), sinks[None])
-    share = jnp.exp(parts_lse - lse[None]).swapaxes(-1, -2)[..., None]  # [P B R X 1]
+    """One result from partial ones, with the sinks where they are given."""
+    if len(parts) == 1 and sinks is None:
+        return parts[0].astype(dtype), parts_lse[0]
+    lse = jax.nn.logsumexp(parts_lse, axis=0)
+    if sinks is not None:
+        lse = jnp.logaddexp(lse, sinks[None])
+    share = by_row(jnp.exp(parts_lse - lse[None]))
     return (parts.astype(jnp.float32) * share).sum(axis=0).astype(dtype), lse
+
+
+def by_row(stats: Float[Array, "... X R"]) -> Float[Array, "... R X 1"]:
+    """To be multiplied with what rows have."""
+    return stats.swapaxes(-1, -2)[..., None]
 
 
 def _backward(static: Static, residuals, dout: Float[Array, "B R X H"]):
     q, k, v, sinks, places, out, lse = residuals
-    wide = out.astype(jnp.float32) * dout.astype(jnp.float32)
-    delta = wide.sum(axis=-1).swapaxes(1, 2)
-    by_rows, by_keys = block_ranges(static._replace(tiles=static.tiles._replace(splits=1)), places)
-    dq, dk, dv = static.kernels.backward(
-        static, q, k, v, dout, lse, delta, places, by_rows, by_keys
-    )
-    dsinks = -(jnp.exp(sinks[None] - lse) * delta).sum(axis=0)
-    if sinks.shape[1] == 1:
-        dsinks = dsinks.sum(axis=1, keepdims=True)
-    no_places = jax.tree.map(lambda part: np.zeros(part.shape, jax.dtypes.float0), places)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, no_places
+    delta, dsinks = delta_and_dsinks(out, lse, sinks, dout)
+    dq, dk, dv = backward_blocks(static, q, k, v, dout, lse, delta, places)
+    grads = dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return *grads, dsinks, no_gradients(places)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def delta_and_dsinks(
+    out: Float[Array, "B R X H"],
+    lse: Float[Array, "B X R"],
+    sinks: Float[Array, "X R_or_1"],
+    dout: Float[Array, "B R X H"],
+) -> tuple[Float[Array, "B X R"], Float[Array, "X R_or_1"]]:
+    """See the formulas on top; summed in float32."""
+    wide = out.astype(jnp.float32) * dout.astype(jnp.float32)
+    delta = wide.sum(axis=-1).swapaxes(1, 2)
+    dsinks = -(jnp.exp(sinks[None] - lse) * delta).sum(axis=0)
+    return delta, dsinks.sum(axis=1, keepdims=True) if sinks.shape[1] == 1 else dsinks
+
+
+def backward_blocks(static: Static, q, k, v, dout, lse, delta, places: Places):
+    """`Kernels.backward` over the blocks that see each other."""
+    one_split = static._replace(tiles=static.tiles._replace(splits=1))
+    ranges = block_ranges(one_split, places)
+    return static.kernels.backward(static, q, k, v, dout, lse, delta, places, *ranges)
+
+
+def no_gradients(places: Places) -> Places:
+    """What jax wants to be told of whole numbers."""
+    return jax.tree.map(lambda part: np.zeros(part.shape, jax.dtypes.float0), places)
 
 
 def visible(places: Places, window: int | None) -> Bool[Array, "B R S"]:
