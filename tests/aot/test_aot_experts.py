@@ -17,10 +17,14 @@ MIB = 1 << 20
 OPTIONS = {"alpha": 1.702, "limit": 7.0}
 
 
-def arguments(compile_for, name: str, R: int, *, packed: bool = True):
-    """Shapes of everything the op takes, bytes in the order of the device."""
+def arguments(compile_for, name: str, R: int, *, packed: bool = True, mesh=(1, 1)):
+    """Shapes of everything the op takes, bytes in the order of the device.
+
+    `mesh`: the experts, and the hidden units of each, are divided among so many devices.
+    """
     config = ModelConfig.preset(name)
-    E, A, D, F = config.num_experts, config.experts_per_token, config.embed_dim, config.hidden_dim
+    E, F = config.num_experts // mesh[0], config.hidden_dim // mesh[1]
+    A, D = config.experts_per_token, config.embed_dim
     with compiling_for(compile_for.platform, compile_for.kind):
         order = device_order(Problem(R, A, E, D, F, "bfloat16", packed))
 
@@ -53,6 +57,17 @@ def test_packed_experts(compile_for, name, R, limit):
 
     dequantised = 3 * 2880 * 2880 * 2 * ModelConfig.preset(name).num_experts
     assert temporaries(compiled) < limit * MIB < dequantised
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("20b", (8, 1)), ("120b", (8, 2))])
+@pytest.mark.parametrize("R", [1, 1024])
+def test_packed_experts_divided_among_devices(compile_for, name, mesh, R):
+    total = ModelConfig.preset(name).num_experts
+    divided = functools.partial(experts, num_experts=total)
+
+    compiled = compile_for(divided, *arguments(compile_for, name, R, mesh=mesh))
+
+    assert temporaries(compiled) < (8 if R == 1 else 200) * MIB
 
 
 @pytest.mark.parametrize("R", [1, 4096])

@@ -9,11 +9,12 @@ CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1; the fourth bit is t
 
 
 def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """MXFP4 bytes as float64, nibble by nibble: the low one first."""
+    """MXFP4 bytes as float64, nibble by nibble: the low one first. Scale 255 means NaN."""
     values = np.array(CODES + tuple(-code for code in CODES))
     out = np.empty((*blocks.shape[:-1], 32))
     out[..., ::2], out[..., 1::2] = values[blocks & 15], values[blocks >> 4]
     out = np.ldexp(out, scales.astype(int)[..., None] - 127)
+    out[scales == 255] = np.nan
     return out.reshape(*blocks.shape[:-2], -1)
 
 
@@ -29,12 +30,17 @@ class Arrays(NamedTuple):
 
 
 def experts(arrays: Arrays, ids: np.ndarray, *, alpha: float, limit: float, dout=None):
-    """The output [rows, D], and with `dout` also the gradients, as Arrays."""
+    """The output [rows, D], and with `dout` also the gradients, as Arrays.
+
+    Ids without an expert are skipped.
+    """
     x, weights, gate_up, gate_up_bias, down, down_bias = arrays
     out = np.zeros(x.shape)
     slopes = Arrays(*(np.zeros(part.shape) for part in arrays))
     for row, chosen in enumerate(ids):
         for place, expert in enumerate(chosen):
+            if not 0 <= expert < len(gate_up):
+                continue
             share = weights[row, place]
             u = gate_up[expert] @ x[row] + gate_up_bias[expert]
             gate, up = np.minimum(u[0], limit), np.clip(u[1], -limit, limit)

@@ -188,6 +188,7 @@ def assert_right(found, expected, dtype: str = "float32") -> None:
         assert_near(f"d{name}", got, right, cases.GRADIENT_TOLERANCES[dtype])
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(("case", "form", "devices"), EVERYTHING)
 def test_output_and_gradients(case, form, devices):
     inputs, dout, expected = exact(case, devices)
@@ -210,6 +211,7 @@ ONE_EACH = (
 one_case_each = pytest.mark.parametrize(("form", "case"), ONE_EACH, ids=FORMS)
 
 
+@pytest.mark.mesh
 @one_case_each
 def test_bfloat16(form, case):
     inputs, dout, expected = exact(case, 4, "bfloat16")
@@ -219,6 +221,7 @@ def test_bfloat16(form, case):
     assert_right(found, expected, "bfloat16")
 
 
+@pytest.mark.mesh
 @one_case_each
 def test_on_an_explicit_mesh(form, case):
     inputs, dout, expected = exact(case, 4)
@@ -235,6 +238,7 @@ def test_on_an_explicit_mesh(form, case):
     assert_right(found, expected)
 
 
+@pytest.mark.mesh
 @one_case_each
 def test_two_axes_at_once(form, case):
     inputs, dout, expected = exact(case, 4)
@@ -268,6 +272,7 @@ class Folding:
     backward = staticmethod(reference.backward)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     ("form", "case"),
     [
@@ -323,6 +328,7 @@ def test_a_replicated_result_is_the_same_to_the_last_bit():
     assert_near("out", outs[0], out64, cases.TOLERANCES["float32"])
 
 
+@pytest.mark.mesh
 def test_memory_of_a_ring_grows_with_what_a_device_has_and_with_nothing_else():
     def bytes_at(length: int, devices: int) -> int:
         def loss(arrays, places):

@@ -9,29 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from experts_oracle import Arrays, decoded, experts
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from nearness import assert_near
 
 from gptoss_jax import device
-from gptoss_jax.kernels.expert_matmul import cases, expert_mlp, reference
-from gptoss_jax.kernels.expert_matmul.api import IMPLEMENTATIONS
+from gptoss_jax.kernels.dispatch import Choice
+from gptoss_jax.kernels.expert_matmul import cases, expert_mlp, gpu, reference, tpu
+from gptoss_jax.kernels.expert_matmul.api import IMPLEMENTATIONS, Problem, strategy
 from gptoss_jax.kernels.expert_matmul.nibbles import unpack_halves
 from gptoss_jax.mxfp4 import Mxfp4, unpack
 
 NAMES = ("x", "weights", "gate_up", "gate_up_bias", "down", "down_bias")
 KINDS = (("float32", "plain"), ("float32", "packed"), ("bfloat16", "packed"))
 GPU_KINDS = (("bfloat16", "plain"), ("bfloat16", "packed"))  # its matrix units know no float32
-PLAIN_ONLY = ("two rows", "three rows", "one row, one expert", "many rows")  # others compile less
+PLAIN_ONLY = (  # others compile less
+    "two rows", "three rows", "one row, one expert", "many rows", "one of ten here",
+    "all or none of a row here", "one row, no pair here", "three rows, two of ten here",
+)  # fmt: skip
+CHEAP = ("one row", "one row, five of ten here")
 
 
 def selected(case: cases.Case, dtype: str, kind: str) -> bool:
     if dtype == "bfloat16":
-        return case.name in ("at random", "one row")
+        return case.name in ("at random", *CHEAP)
     return kind == "plain" or case.name not in PLAIN_ONLY
 
 
 def marks(case: cases.Case, dtype: str, kind: str, name: str) -> tuple:
-    """Interpreters are slow: one case is always run through them, the others on demand."""
-    always = name == "xla" or (case.name, dtype, kind) == ("one row", "bfloat16", "packed")
+    """Interpreters are slow: two cases are always run through them, the others on demand."""
+    always = name == "xla" or (case.name in CHEAP and (dtype, kind) == ("bfloat16", "packed"))
     return () if always else (pytest.mark.interpreter,)
 
 
@@ -104,18 +111,19 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def program(implementation: str):
+def program(implementation: str, num_experts: int | None = None):
     """Output and gradients, compiled once for all cases of one shape."""
+    op = functools.partial(through, implementation=implementation, num_experts=num_experts)
 
     @jax.jit
     def run(arrays, ids, bytes_, dout):
-        out, pull = jax.vjp(lambda arrays: through(arrays, ids, bytes_, implementation), arrays)
+        out, pull = jax.vjp(lambda arrays: op(arrays, ids, bytes_), arrays)
         return out, pull(dout)[0]
 
     return run
 
 
-def through(arrays: dict, ids, bytes_: dict, implementation: str):
+def through(arrays: dict, ids, bytes_: dict, implementation: str, num_experts: int | None = None):
     """The op on arrays and bytes by their names; alpha and limit are those of the cases."""
     given = arrays | bytes_
     return expert_mlp(
@@ -124,6 +132,7 @@ def through(arrays: dict, ids, bytes_: dict, implementation: str):
         *(given[name] for name in NAMES[1:]),
         alpha=cases.ALPHA,
         limit=cases.LIMIT,
+        num_experts=num_experts,
         implementation=implementation,
     )
 
@@ -147,7 +156,7 @@ def packed(blocks: np.ndarray, scales: np.ndarray) -> Mxfp4:
 def test_output_and_gradients(case, dtype, kind, implementation):
     inputs, dout, out64, slopes64 = exact(case, dtype, kind)
     given = (*on_device(inputs, dtype, kind), jnp.asarray(dout, dtype))
-    run = program(implementation)
+    run = program(implementation, cases.E if case.here else None)
 
     with jax.default_matmul_precision("highest"):
         out, slopes = run(*given)
@@ -266,6 +275,70 @@ def one_hot_program(implementation: str):
     return jax.jit(functools.partial(expert_mlp, **options))
 
 
+@pytest.mark.parametrize("name", ["in steps", "one row"])
+@pytest.mark.parametrize(
+    ("devices", "kind"), [(2, "plain"), (5, "plain"), (10, "plain"), (5, "packed")]
+)
+def test_devices_with_some_experts_add_up_to_one_with_all(devices, kind, name):
+    inputs = cases.make_inputs(named(name))
+    dout = np.random.default_rng(3).standard_normal(inputs.x.shape, np.float32)
+    size = cases.E // devices
+
+    out, slopes = program("xla")(*on_device(inputs, "float32", kind), dout)
+    parts = [
+        program("xla", cases.E)(
+            *on_device(cases.part(inputs, first, first + size), "float32", kind), dout
+        )
+        for first in range(0, cases.E, size)
+    ]
+
+    np.testing.assert_allclose(sum(part for part, _ in parts), out, atol=1e-5)
+    for field, whole in slopes.items():
+        pieces = [np.asarray(part[field]) for _, part in parts]
+        found = sum(pieces) if field in ("x", "weights") else np.concatenate(pieces)
+        np.testing.assert_allclose(found, whole, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", ["in steps", "one row"])
+def test_experts_divided_among_the_devices_of_a_mesh(name):
+    inputs = cases.make_inputs(named(name))
+    arrays, ids, _ = on_device(inputs, "float32", "plain")
+    dout = np.random.default_rng(4).standard_normal(inputs.x.shape, np.float32)
+    mesh = Mesh(jax.devices()[:5], ("experts",))
+    placed = {field: P() if field in ("x", "weights") else P("experts") for field in arrays}
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(placed, P()), out_specs=P(), check_vma=False
+    )
+    def divided(arrays, ids):
+        first = jax.lax.axis_index("experts") * arrays["down_bias"].shape[0]
+        return jax.lax.psum(through(arrays, ids - first, {}, "xla", cases.E), "experts")
+
+    @jax.jit
+    def run(arrays, ids, dout):
+        out, pull = jax.vjp(lambda arrays: divided(arrays, ids), arrays)
+        return out, pull(dout)[0]
+
+    out, slopes = run(arrays, ids, dout)
+    one_out, one_slopes = program("xla")(arrays, ids, {}, dout)
+
+    np.testing.assert_allclose(out, one_out, atol=1e-5)
+    for field, one in one_slopes.items():
+        np.testing.assert_allclose(slopes[field], one, atol=1e-5 * np.abs(one).max())
+
+
+def test_the_form_does_not_depend_on_how_experts_are_divided():
+    whole = Problem(2, 4, 32, 2880, 2880, "bfloat16", True)
+    part = whole._replace(E=4, total_experts=32)
+    kernels = Choice("mosaic_tpu", tpu, "")
+
+    assert strategy(part, kernels) == strategy(whole, kernels) == "a tile for each pair"
+    assert part.shape_class == whole.shape_class
+    for module in (tpu, gpu):
+        for R in (1, 8, 32, 128, 4096):
+            assert module.tiles(part._replace(R=R)) == module.tiles(whole._replace(R=R))
+
+
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_forms_of_the_reference_agree(kind, monkeypatch):
     inputs = cases.make_inputs(named("in steps"))
@@ -332,3 +405,5 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"expected \[E D F\] = \[10, 160, 224\].*axes swapped"):
         swapped = Mxfp4(down.blocks.swapaxes(1, 2), down.scales.swapaxes(1, 2))
         expert_mlp(**given | {"down": swapped}, **options)
+    with pytest.raises(ValueError, match=r"num_experts: expected None or at least \[E=10\], got 4"):
+        expert_mlp(**given, **options, num_experts=4)

@@ -11,8 +11,8 @@ import pytest
 from experts_oracle import Arrays, experts
 from nearness import assert_near
 
-from gptoss_jax.kernels.expert_matmul import cases, grouped
-from gptoss_jax.kernels.expert_matmul.grouped import Static, Tiles
+from gptoss_jax.kernels.expert_matmul import api, cases, grouped
+from gptoss_jax.kernels.expert_matmul.grouped import Tiles
 from gptoss_jax.kernels.expert_matmul.reference import Experts, clamped_swiglu
 
 E, TILE = 8, 4
@@ -30,7 +30,8 @@ class Plain:
     @classmethod
     def product(cls, static, rows, weights, bias, groups):
         expert = cls.expert_of_row(rows, groups)
-        return jnp.einsum("ri,rpxi->rpx", rows, weights[expert]) + bias[expert]
+        y = jnp.einsum("ri,rpxi->rpx", rows, weights[expert]) + bias[expert]
+        return cls.unused_are_nan(static, y, groups)
 
     @classmethod
     def hidden(cls, static, rows, weights, bias, groups):
@@ -39,10 +40,14 @@ class Plain:
 
     @classmethod
     def product_back(cls, static, rows, weights, groups):
-        # What unused tiles hold must never matter.
-        used = jnp.arange(rows.shape[0]) < groups.used * static.tiles.rows
         back = jnp.einsum("rpx,rpxi->ri", rows, weights[cls.expert_of_row(rows, groups)])
-        return jnp.where(used[:, None], back, jnp.nan)
+        return cls.unused_are_nan(static, back, groups)
+
+    @staticmethod
+    def unused_are_nan(static, rows, groups):
+        """What unused tiles hold must never matter."""
+        used = jnp.arange(rows.shape[0]) < groups.used * static.tiles.rows
+        return jnp.where(used.reshape(-1, *[1] * (rows.ndim - 1)), rows, jnp.nan)
 
     @classmethod
     def outer(cls, static, left, right, groups, num_experts):
@@ -52,22 +57,25 @@ class Plain:
         return jnp.einsum("re,rpx,ri->epxi", own, left, right)
 
 
-def check_groups(ids: np.ndarray, groups: grouped.Groups, tile: int) -> None:
-    """Every pair has a row of its own, in a tile of its expert; all other rows are nobody's."""
+def check_groups(ids: np.ndarray, groups: grouped.Groups, tile: int, num_experts: int = E) -> None:
+    """Every pair here has a row of its own, in a tile of its expert; other rows are nobody's."""
     row_of_pair, token_of_row, expert_of_tile, used = map(np.asarray, groups)
-    flat = ids.reshape(-1)
-    assert len(set(row_of_pair.tolist())) == flat.size
-    assert (expert_of_tile[row_of_pair // tile] == flat).all()
-    assert (token_of_row[row_of_pair] == np.arange(flat.size) // ids.shape[1]).all()
-    assert (token_of_row < len(ids)).sum() == flat.size
+    pairs = np.flatnonzero(ids < num_experts)
+    rows = row_of_pair[pairs]
+    assert (np.delete(row_of_pair, pairs) >= token_of_row.size).all()
+    assert len(set(rows.tolist())) == pairs.size
+    assert (expert_of_tile[rows // tile] == ids.reshape(-1)[pairs]).all()
+    assert (token_of_row[rows] == pairs // ids.shape[1]).all()
+    assert (token_of_row < len(ids)).sum() == pairs.size
     assert token_of_row.shape == (len(expert_of_tile) * tile,)
-    assert (row_of_pair // tile).max() < used[0] <= len(expert_of_tile)
-    assert (expert_of_tile[used[0] :] == expert_of_tile[used[0] - 1]).all()
+    assert set((rows // tile).tolist()) == set(range(used[0]))
+    last = expert_of_tile[used[0] - 1] if used[0] else 0
+    assert (expert_of_tile[used[0] :] == last).all()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def jitted_group(ids, num_experts, tile):
-    return grouped.group(ids, num_experts, tile)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def jitted_group(ids, num_experts, tile, total_experts=None):
+    return grouped.group(ids, num_experts, tile, total_experts)
 
 
 def test_every_pattern_of_empty_groups():
@@ -95,6 +103,27 @@ def test_the_number_of_tiles_is_enough_for_any_routing(counts, tile):
         check_groups(ids, jitted_group(jnp.asarray(ids), E, tile), tile)
 
 
+@pytest.mark.parametrize("counts", [(17, 2), (1, 4), (4, 2), (5, 4), (33, 1)])
+@pytest.mark.parametrize("tile", [1, 4, 64])
+@pytest.mark.parametrize("here", [1, 3])
+def test_pairs_of_other_devices_have_no_tile(counts, tile, here):
+    rng = np.random.default_rng(2)
+    routings = [np.full(counts, E), np.zeros(counts, int), *rng.integers(0, E, (4, *counts))]
+    for routing in routings:
+        ids = np.minimum(routing, here).astype(np.int32)
+        check_groups(ids, jitted_group(jnp.asarray(ids), here, tile, E), tile, here)
+
+
+def test_the_tiles_of_few_pairs_here_come_first():
+    ids = jnp.array([[2, 1, 2, 0]], jnp.int32)
+
+    groups = grouped.group(ids, 2, TILE, E)
+
+    assert groups.expert_of_tile.tolist() == [1, 0, 0, 0]
+    assert groups.row_of_pair.tolist() == [16, 0, 16, 4]
+    assert groups.used.tolist() == [2]
+
+
 def test_a_few_pairs_have_a_tile_each():
     ids = jnp.array([[3, 1, 0, 2]], jnp.int32)
 
@@ -115,12 +144,13 @@ def test_gradients_of_everything_by_the_chain_rule(case):
         inputs.down_bias,
     )  # fmt: skip
     dout = np.random.default_rng(1).standard_normal(flat["x"].shape).astype(np.float32)
-    static = Static(Plain, cases.ALPHA, cases.LIMIT, Tiles(TILE, 1))
+    total = cases.E if case.here else None
+    static = Plain, Tiles(TILE, 1), (cases.ALPHA, cases.LIMIT), False, total
 
     @jax.jit
-    def run(x, weights, gate_up, gate_up_bias, down, down_bias):
-        given = Experts(gate_up, gate_up_bias, down[:, None], down_bias[:, None])
-        return grouped.run_experts(static, x, jnp.asarray(flat["ids"]), weights, given)
+    def run(x, weights, *experts):
+        ids = jnp.asarray(flat["ids"])[None]
+        return api.run(*static, x[None], ids, weights[None], Experts(*experts))[0]
 
     with jax.default_matmul_precision("highest"):
         out, pull = jax.vjp(run, *map(jnp.asarray, arrays))

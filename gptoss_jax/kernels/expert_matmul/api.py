@@ -31,11 +31,17 @@ class Problem(NamedTuple):
     F: int
     dtype: str
     packed: bool
+    total_experts: int | None = None  # on all devices together; None: there are only these E
+
+    @property
+    def sharers(self) -> int:
+        """The experts that the R * A pairs are spread over, wherever they are."""
+        return self.total_experts or self.E
 
     @property
     def shape_class(self) -> str:
         """The problems that share block sizes: by the rows an expert has if all have as many."""
-        rows = 1 << (max(self.R * self.A // self.E, 1) - 1).bit_length()
+        rows = 1 << (max(self.R * self.A // self.sharers, 1) - 1).bit_length()
         weights = "packed" if self.packed else "plain"
         return f"{rows} rows an expert, D={self.D}, F={self.F}, {weights}, {self.dtype}"
 
@@ -51,6 +57,7 @@ def expert_mlp(
     *,
     alpha: float,
     limit: float,
+    num_experts: int | None = None,
     implementation: str | None = None,
 ) -> Float[jax.Array, "B T D"]:
     """Each token through its A experts, summed with the given weights.
@@ -60,22 +67,23 @@ def expert_mlp(
     in x's dtype; products accumulate in float32. Any routing is legal, no row is ever dropped.
     Differentiable in x, expert_weights, the biases and plain weights; bytes have no gradient.
 
+    `num_experts` counts the experts of all devices together, if these E are but some of them: ids
+    outside [0, E) belong to other devices and add nothing, here or to any gradient.
+
     Mxfp4 weights in any order of bytes are right; `device_order` is the one that costs nothing.
     `implementation` is "xla" (any device), "mosaic_tpu" or "mosaic_gpu"; None picks the best one
     available here, a named one runs or raises ValueError with every reason why not.
     """
-    _check(x, gate_up, down)
+    _check(x, gate_up, down, num_experts)
     B, T, D = x.shape
     problem = Problem(
         B * T, expert_ids.shape[-1], gate_up.shape[0], D, gate_up.shape[2], str(x.dtype),
-        isinstance(gate_up, Mxfp4),
+        isinstance(gate_up, Mxfp4), num_experts,
     )  # fmt: skip
     choice, tiles = choose(problem, implementation)
     experts = Experts(gate_up, gate_up_bias, down, down_bias)
-    scalars = float(alpha), float(limit)
-    return run(
-        choice.module, tiles, scalars, interpreting(), x, expert_ids, expert_weights, experts
-    )
+    static = choice.module, tiles, (float(alpha), float(limit)), interpreting(), num_experts
+    return run(*static, x, expert_ids, expert_weights, experts)
 
 
 def choose(
@@ -95,7 +103,7 @@ def strategy(problem: Problem, choice: Choice) -> str:
     if choice.module is reference:
         few = pairs <= reference.FEW_PAIRS
         return "each pair by itself" if few else "each chosen expert once, its rows sorted"
-    few = grouped.few_pairs(pairs, problem.E)
+    few = grouped.few_pairs(pairs, problem.sharers)
     return "a tile for each pair" if few else "rows sorted by expert"
 
 
@@ -104,7 +112,7 @@ def device_order(problem: Problem) -> str:
     return OP.choose(problem).module.ORDER
 
 
-def _check(x, gate_up, down) -> None:
+def _check(x, gate_up, down, total_experts: int | None) -> None:
     for name, weights in (("gate_up", gate_up), ("down", down)):
         if isinstance(weights, Mxfp4):
             check_mxfp4(name, weights.blocks.shape, weights.scales.shape, weights.order)
@@ -116,23 +124,35 @@ def _check(x, gate_up, down) -> None:
             f"gate_up {list(gate_up.shape)}, got {list(down.shape)} and {list(x.shape)}; "
             "are two axes swapped?"
         )
+    if total_experts is not None and total_experts < num_experts:
+        raise ValueError(
+            f"num_experts: expected None or at least [E={num_experts}], got {total_experts}; "
+            "it counts the experts of all devices"
+        )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def run(module, tiles, scalars, interpret: bool, x, expert_ids, expert_weights, experts: Experts):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def run(
+    module, tiles, scalars, interpret: bool, total_experts: int | None,
+    x, expert_ids, expert_weights, experts: Experts,
+):  # fmt: skip
     """The op with every choice made; traced once for all layers of one shape."""
     alpha, limit = scalars
     rows = x.reshape(-1, x.shape[-1])
     ids = expert_ids.reshape(-1, expert_ids.shape[-1])
     weights = expert_weights.reshape(ids.shape).astype(jnp.float32)
+    if total_experts is not None:
+        ids, weights = _foreign_last(ids, weights, experts.down_bias.shape[0])
     experts = experts._replace(
         gate_up=_arranged(experts.gate_up, module.ORDER),
         down=_arranged(experts.down, module.ORDER),
     )
     if module is reference:
-        y: Any = reference.run_experts(rows, ids, weights, experts, alpha=alpha, limit=limit)
+        y: Any = reference.run_experts(
+            reference.Static(alpha, limit, total_experts), rows, ids, weights, experts
+        )
     else:
-        static = grouped.Static(module, alpha, limit, tiles, interpret)
+        static = grouped.Static(module, alpha, limit, tiles, interpret, total_experts)
         one = experts._replace(
             down=jax.tree.map(lambda leaf: leaf[:, None], experts.down),
             down_bias=experts.down_bias[:, None],
@@ -141,13 +161,19 @@ def run(module, tiles, scalars, interpret: bool, x, expert_ids, expert_weights, 
     return y.reshape(x.shape).astype(x.dtype)
 
 
+def _foreign_last(ids, weights, num_experts: int):
+    """Every id of another device becomes E, with a weight of zero."""
+    here = (ids >= 0) & (ids < num_experts)
+    return jnp.where(here, ids, num_experts), jnp.where(here, weights, 0.0)
+
+
 def _arranged(weights: Any, order: str) -> Any:
     return weights.arranged(order) if isinstance(weights, Mxfp4) else weights
 
 
 def _compile(module: Any, problem: Problem) -> None:
     """Forward and, where there are many rows, backward, on the default device."""
-    R, A, E, D, F, dtype, packed = problem
+    R, A, E, D, F, dtype, packed, total_experts = problem
 
     def weights(*shape: int):
         if not packed:
@@ -163,8 +189,8 @@ def _compile(module: Any, problem: Problem) -> None:
         return jnp.zeros((1, R, D), dtype), shares, ids, experts
 
     def total(x, shares, ids, experts):
-        tiles = module.tiles(problem)
-        return run(module, tiles, (1.702, 7.0), False, x, ids, shares, experts).sum()
+        static = module, module.tiles(problem), (1.702, 7.0), False, total_experts
+        return run(*static, x, ids, shares, experts).sum()
 
     wanted = total if R <= MOST_DECODED else jax.grad(total, argnums=(0, 1))
     jax.jit(wanted).lower(*jax.eval_shape(inputs)).compile()

@@ -8,6 +8,7 @@ the oracle lives with the tests, `TOLERANCES` says how near to it an implementat
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 B, T = 9, 11
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     route: Callable[[np.random.Generator, int], np.ndarray]  # rows -> expert ids [rows, A]
     shape: tuple[int, int] = (B, T)
     x_scale: float = 1.0  # large: most activations are clamped
+    here: tuple[int, int] | None = None  # first expert of this device and of the next; None: all
 
 
 class Inputs(NamedTuple):
@@ -50,14 +52,17 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays for a case, the same ones every time."""
+    """Random arrays for a case, the same ones every time.
+
+    Those of a device that has not all experts are NaN wherever it must not look.
+    """
     rng = np.random.default_rng([ord(letter) for letter in case.name])
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
     rows = case.shape[0] * case.shape[1]
-    return Inputs(
+    inputs = Inputs(
         x=np.float32(case.x_scale) * normal(*case.shape, D),
         ids=case.route(rng, rows).reshape(*case.shape, A).astype(np.int32),
         weights=rng.dirichlet(np.ones(A), case.shape).astype(np.float32),
@@ -68,6 +73,28 @@ def make_inputs(case: Case) -> Inputs:
         gate_up_bytes=random_bytes(rng, E, 2, F, D),
         down_bytes=random_bytes(rng, E, D, F),
     )
+    return poisoned(part(inputs, *case.here)) if case.here else inputs
+
+
+def part(inputs: Inputs, first: int, end: int) -> Inputs:
+    """What a device is given that has the experts from first up to end."""
+    experts = (jax.tree.map(lambda array: array[first:end], field) for field in inputs[3:])
+    return Inputs(inputs.x, inputs.ids - np.int32(first), inputs.weights, *experts)
+
+
+def poisoned(inputs: Inputs) -> Inputs:
+    """NaN in experts without rows, tokens without an expert here, weights of other devices."""
+    inputs = jax.tree.map(np.copy, inputs)
+    num_experts = len(inputs.down_bias)
+    here = (inputs.ids >= 0) & (inputs.ids < num_experts)
+    idle = np.setdiff1d(np.arange(num_experts), inputs.ids[here])
+    inputs.x[~here.any(axis=-1)] = np.nan
+    inputs.weights[~here] = np.nan
+    for array in (inputs.gate_up, inputs.gate_up_bias, inputs.down, inputs.down_bias):
+        array[idle] = np.nan
+    for _, scales in (inputs.gate_up_bytes, inputs.down_bytes):
+        scales[idle] = 255
+    return inputs
 
 
 def random_bytes(rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +133,12 @@ def in_steps(rng, rows: int) -> np.ndarray:
     return rng.choice(E, (rows, A), p=shares)
 
 
+def all_or_none(rng, rows: int) -> np.ndarray:
+    """Rows in turn have all their experts among the first four, and none."""
+    sides = among(0, 1, 2, 3)(rng, rows), among(4, 5, 6, 7, 8, 9)(rng, rows)
+    return np.where(np.arange(rows)[:, None] % 2, *sides)
+
+
 CASES = (
     Case("at random", at_random),
     Case("clamped", at_random, x_scale=8.0),
@@ -120,6 +153,15 @@ CASES = (
     Case("three rows", at_random, shape=(1, 3)),
     Case("one row, one expert", one_expert, shape=(1, 1)),
     Case("many rows", at_random, shape=(3, 97)),
+    Case("three of ten here", at_random, here=(4, 7)),
+    Case("one of ten here", in_steps, here=(9, 10)),
+    Case("all pairs here, on one expert", one_expert, shape=(3, 5), here=(5, 8)),
+    Case("no pair here", among(0, 1, 2, 6, 7, 8, 9), shape=(3, 5), here=(3, 6)),
+    Case("all or none of a row here", all_or_none, shape=(3, 5), here=(0, 4)),
+    Case("one row, five of ten here", at_random, shape=(1, 1), here=(5, 10)),
+    Case("one row, no pair here", among(0, 1, 6, 9), shape=(1, 1), here=(2, 6)),
+    Case("two rows, all pairs here, on one", one_expert, shape=(2, 1), here=(6, 7)),
+    Case("three rows, two of ten here", at_random, shape=(1, 3), here=(2, 4)),
 )
 
 

@@ -42,7 +42,7 @@ def why_not(problem, kind: str) -> list[str]:
 def tiles(problem) -> Tiles:
     """As many rows as an expert has on average; more outputs where more rows share them."""
     pairs = problem.R * problem.A
-    average = 1 if pairs <= FEW_PAIRS else -(-pairs // problem.E)
+    average = 1 if pairs <= FEW_PAIRS else -(-pairs // problem.sharers)
     rows = min(128, max(8, 1 << (average - 1).bit_length()))  # 128: gate and up fill registers
     return Tiles(rows, _UNIT if rows < 32 else 2 * _UNIT)
 

@@ -43,6 +43,7 @@ class Static(NamedTuple):
     limit: float
     tiles: Tiles
     interpret: bool = False  # run kernels on CPU, in their interpreters
+    total_experts: int | None = None  # of all devices, where the pairs of others have the id E
 
 
 class Groups(NamedTuple):
@@ -50,10 +51,10 @@ class Groups(NamedTuple):
 
     Tiles come in the order of their experts, or in that of the pairs where these are few. Those
     behind the last that is used repeat its expert, so that no weights need be read for them;
-    whatever they hold, NaN too, is never looked at.
+    whatever they hold, NaN too, is never looked at. If none is used, they have expert 0.
     """
 
-    row_of_pair: Int[Array, " M"]
+    row_of_pair: Int[Array, " M"]  # past the last row if the expert is another device's
     token_of_row: Int[Array, " rows"]  # R, one past the last token, where a row fills up a tile
     expert_of_tile: Int[Array, " tiles"]
     used: Int[Array, "1"]  # tiles with rows
@@ -137,11 +138,11 @@ def run_experts(
 
     `down` and its bias have an axis P of one: `[E 1 D F]` and `[E 1 D]`.
     """
-    groups = group(ids, experts.down_bias.shape[0], static.tiles.rows)
+    groups = _group(static, ids, experts)
     rows = take_rows(x, groups)
     h = static.kernels.hidden(static, rows, experts.gate_up, experts.gate_up_bias, groups)
     y = static.kernels.product(static, h, experts.down, experts.down_bias, groups)[:, 0]
-    return (_by_pair(y, groups, ids) * weights[..., None]).sum(axis=1)
+    return (_by_pair(static, y, groups, ids) * weights[..., None]).sum(axis=1)
 
 
 def _forward(static, x, ids, weights, experts):
@@ -151,7 +152,7 @@ def _forward(static, x, ids, weights, experts):
 def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
     x, ids, weights, experts = residuals
     kernels, num_experts = static.kernels, experts.down_bias.shape[0]
-    groups = group(ids, num_experts, static.tiles.rows)
+    groups = _group(static, ids, experts)
     rows = take_rows(x, groups)
     drows_out = take_rows(dout.astype(x.dtype), groups)
 
@@ -179,9 +180,9 @@ def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
         _bias_gradient(in_expert, dy[:, None], experts.down_bias),
     )
     return (
-        _by_pair(drows, groups, ids).sum(axis=1).astype(x.dtype),
+        _by_pair(static, drows, groups, ids).sum(axis=1).astype(x.dtype),
         _no_gradient(ids),
-        dweights[groups.row_of_pair].reshape(ids.shape),
+        _by_pair(static, dweights, groups, ids),
         dexperts,
     )
 
@@ -209,8 +210,15 @@ def _no_gradient(tree) -> Any:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
 
 
-def _by_pair(rows: Float[Array, "rows X"], groups: Groups, ids) -> Float[Array, "R A X"]:
-    return rows[groups.row_of_pair].reshape(*ids.shape, -1)
+def _by_pair(
+    static: Static, rows: Float[Array, "rows ..."], groups: Groups, ids
+) -> Float[Array, "R A ..."]:
+    """The row of each pair, zeros for the pairs of other devices."""
+    if static.total_experts is None:
+        found = rows[groups.row_of_pair]
+    else:
+        found = rows.at[groups.row_of_pair].get(mode="fill", fill_value=0)
+    return found.reshape(*ids.shape, *rows.shape[1:])
 
 
 def take_rows(x: Float[Array, "R X"], groups: Groups) -> Float[Array, "rows X"]:
@@ -231,12 +239,24 @@ def few_pairs(num_pairs: int, num_experts: int) -> bool:
     return num_pairs <= min(FEW_PAIRS, num_experts)
 
 
-def group(ids: Int[Array, "R A"], num_experts: int, tile: int) -> Groups:
-    """Sort pairs by expert and lay each expert's out from the beginning of a tile."""
+def _group(static: Static, ids: Int[Array, "R A"], experts: Experts) -> Groups:
+    return group(ids, experts.down_bias.shape[0], static.tiles.rows, static.total_experts)
+
+
+def group(
+    ids: Int[Array, "R A"], num_experts: int, tile: int, total_experts: int | None = None
+) -> Groups:
+    """Sort pairs by expert and lay each expert's out from the beginning of a tile.
+
+    With `total_experts`, pairs with the id `num_experts` are other devices' and get no row. There
+    are tiles enough for the routing that sends no pair there.
+    """
     num_pairs, num_active = ids.size, ids.shape[1]
     tiles = num_tiles(num_pairs, num_experts, tile)
-    if few_pairs(num_pairs, num_experts):
-        return _tile_for_each_pair(ids, tile)
+    if few_pairs(num_pairs, total_experts or num_experts):
+        if total_experts is None:
+            return _tile_for_each_pair(ids, tile)
+        return _tile_for_each_pair_here(ids, num_experts, tile)
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     experts = jnp.arange(num_experts, dtype=jnp.int32)
@@ -247,13 +267,18 @@ def group(ids: Int[Array, "R A"], num_experts: int, tile: int) -> Groups:
     place = jnp.arange(num_pairs, dtype=jnp.int32)
     expert = flat[order]
     sorted_rows = first_row[expert] + place - first_sorted[expert]
+    if total_experts is not None:
+        sorted_rows = jnp.where(expert < num_experts, sorted_rows, tiles * tile)
     row_of_pair = jnp.zeros(num_pairs, jnp.int32).at[order].set(sorted_rows)
     token_of_row = jnp.full(tiles * tile, ids.shape[0], jnp.int32)
     token_of_row = token_of_row.at[row_of_pair].set(place // num_active)
     expert_of_tile = jnp.searchsorted(
         end_of_tiles, jnp.arange(tiles, dtype=jnp.int32), side="right"
     ).astype(jnp.int32)
-    last = flat[order[-1]]
+    if total_experts is None:
+        last = flat[order[-1]]
+    else:
+        last = jnp.max(jnp.where(flat < num_experts, flat, 0))
     return Groups(row_of_pair, token_of_row, jnp.minimum(expert_of_tile, last), end_of_tiles[-1:])
 
 
@@ -267,4 +292,25 @@ def _tile_for_each_pair(ids: Int[Array, "R A"], tile: int) -> Groups:
         jnp.asarray(token_of_row.reshape(-1)),
         ids.reshape(-1).astype(jnp.int32),
         jnp.full(1, ids.size, jnp.int32),
+    )
+
+
+def _tile_for_each_pair_here(ids: Int[Array, "R A"], num_experts: int, tile: int) -> Groups:
+    """The same for the pairs of this device, moved to the front.
+
+    2 experts, the ids 2 1 2 0, tiles of 4: the rows of the pairs are 16 0 16 4, the tiles' experts
+    1 0 0 0, and two of them are used.
+    """
+    flat, place = ids.reshape(-1).astype(jnp.int32), jnp.arange(ids.size, dtype=jnp.int32)
+    here = flat < num_experts
+    used = here.sum(dtype=jnp.int32)
+    order = jnp.argsort(~here, stable=True).astype(jnp.int32)
+    pair = order[jnp.minimum(place, jnp.maximum(used - 1, 0))]
+    token = jnp.where(place < used, pair // ids.shape[1], ids.shape[0])
+    filling = jnp.full((ids.size, tile - 1), ids.shape[0], jnp.int32)
+    return Groups(
+        jnp.where(here, jnp.cumsum(here, dtype=jnp.int32) - 1, ids.size) * tile,
+        jnp.concatenate([token[:, None], filling], axis=1).reshape(-1),
+        jnp.where(used > 0, flat[pair], 0),
+        used[None],
     )

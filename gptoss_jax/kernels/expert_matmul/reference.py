@@ -50,23 +50,10 @@ def _readable(weights, dtype):
     return unpack_halves(weights, dtype) if isinstance(weights, Mxfp4) else weights
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
     alpha: float
     limit: float
-
-
-def run_experts(
-    x: Float[Array, "R D"],
-    ids: Int[Array, "R A"],
-    weights: Float[Array, "R A"],
-    experts: Experts,
-    *,
-    alpha: float,
-    limit: float,
-) -> Float[Array, "R D"]:
-    """See `api.expert_mlp`; float32 comes out."""
-    y: Any = _combined(_Static(alpha, limit), x, ids, weights, experts)
-    return y
+    total_experts: int | None  # of all devices, where the pairs of others have the id E
 
 
 def clamped_swiglu(
@@ -81,7 +68,7 @@ def clamped_swiglu(
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
 
-def _through_one(static: _Static, x: Float[Array, "R D"], expert: Experts) -> Float[Array, "R D"]:
+def _through_one(static: Static, x: Float[Array, "R D"], expert: Experts) -> Float[Array, "R D"]:
     """Rows through one expert, float32 outside the two products."""
     u = _product(expert.gate_up, x.T)
     gate, up = u + expert.gate_up_bias.astype(jnp.float32)[:, :, None]
@@ -102,13 +89,14 @@ def _product(weights: Any, rows: Float[Array, "I R"]):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combined(
-    static: _Static,
+def run_experts(
+    static: Static,
     x: Float[Array, "R D"],
     ids: Int[Array, "R A"],
     weights: Float[Array, "R A"],
     experts: Experts,
 ) -> Float[Array, "R D"]:
+    """See `api.expert_mlp`; float32 comes out."""
     if ids.size <= FEW_PAIRS:
         outputs = _visit_pairs(static, x, ids, experts)
     else:
@@ -117,7 +105,7 @@ def _combined(
 
 
 def _visit_pairs(static, x, ids, experts) -> Float[Array, "R A D"]:
-    """Every (token, expert) pair on its own."""
+    """Every (token, expert) pair on its own; no weights are read for those of other devices."""
     num_active = ids.shape[1]
 
     def one_pair(pair):
@@ -125,18 +113,25 @@ def _visit_pairs(static, x, ids, experts) -> Float[Array, "R A D"]:
         row = jax.lax.dynamic_slice_in_dim(x, pair // num_active, 1)
         return _through_one(static, row, expert)[0]
 
-    return jax.lax.map(one_pair, jnp.arange(ids.size)).reshape(*ids.shape, -1)
+    def one_pair_if_here(pair):
+        here = ids.reshape(-1)[pair] < experts.down_bias.shape[0]
+        return jax.lax.cond(here, one_pair, lambda _: jnp.zeros(x.shape[1], jnp.float32), pair)
+
+    visit = one_pair if static.total_experts is None else one_pair_if_here
+    return jax.lax.map(visit, jnp.arange(ids.size)).reshape(*ids.shape, -1)
 
 
 class _Sorted(NamedTuple):
     """Pairs in the order of their experts: expert e has the sorted rows starts[e]:starts[e + 1].
 
+    If `partial`, those of other devices lie behind the last expert's and are zeros.
     Sorted arrays are padded with one tile, so that a tile may begin at any row.
     """
 
     order: Int[Array, " M"]  # sorted row -> pair; pair // A is its token
     starts: Int[Array, " bounds"]
     tile: int  # rows of one expert that go through a matmul together
+    partial: bool
 
     def take(self, by_pair: Float[Array, "R A ..."]) -> Float[Array, "sorted ..."]:
         flat = by_pair.reshape(-1, *by_pair.shape[2:])
@@ -152,18 +147,26 @@ class _Sorted(NamedTuple):
         return jnp.argsort(idle, stable=True), (~idle).sum(dtype=jnp.int32)
 
     def _padded(self, rows: Float[Array, "M ..."]) -> Float[Array, "sorted ..."]:
-        return jnp.pad(rows, [(0, self.tile)] + [(0, 0)] * (rows.ndim - 1))
+        return jnp.pad(self._here(rows), [(0, self.tile)] + [(0, 0)] * (rows.ndim - 1))
 
     def put_back(self, by_row: Float[Array, "sorted ..."]) -> Float[Array, "M ..."]:
-        return by_row[jnp.argsort(self.order)]
+        return self._here(by_row)[jnp.argsort(self.order)]
+
+    def _here(self, rows: Float[Array, "rows ..."]) -> Float[Array, "rows ..."]:
+        """Zeros in place of what is other devices', which may be NaN or what a tile left there."""
+        if not self.partial:
+            return rows
+        here = jnp.arange(rows.shape[0]) < self.starts[-1]
+        return jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0.0)
 
 
-def _sort(ids: Int[Array, "R A"], num_experts: int) -> _Sorted:
+def _sort(ids: Int[Array, "R A"], num_experts: int, total_experts: int | None) -> _Sorted:
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     starts = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1))
     num_tokens, num_active = ids.shape
-    return _Sorted(order, starts.astype(jnp.int32), _tile(num_tokens, num_active, num_experts))
+    tile = _tile(num_tokens, num_active, total_experts or num_experts)
+    return _Sorted(order, starts.astype(jnp.int32), tile, total_experts is not None)
 
 
 def _tile(num_tokens: int, num_active: int, num_experts: int) -> int:
@@ -189,7 +192,7 @@ def _for_each_tile(pairs: _Sorted, expert: Int[Array, ""], visit, carry):
 
 def _visit_experts(static, x, ids, experts) -> Float[Array, "R A D"]:
     """Every expert that was chosen, once, with all the rows that chose it."""
-    pairs = _sort(ids, experts.down_bias.shape[0])
+    pairs = _sort(ids, experts.down_bias.shape[0], static.total_experts)
     rows = pairs.take_tokens(x)
     chosen, num_chosen = pairs.chosen_experts()
 
@@ -215,13 +218,13 @@ def _paste(rows, tile, first):
 
 
 def _forward(static, x, ids, weights, experts):
-    return _combined(static, x, ids, weights, experts), (x, ids, weights, experts)
+    return run_experts(static, x, ids, weights, experts), (x, ids, weights, experts)
 
 
 def _backward(static, residuals, dy: Float[Array, "R D"]):
     """Recompute each expert's rows and pull dy back through them."""
     x, ids, weights, experts = residuals
-    pairs = _sort(ids, experts.down_bias.shape[0])
+    pairs = _sort(ids, experts.down_bias.shape[0], static.total_experts)
     rows, rows_dy = pairs.take_tokens(x), pairs.take_tokens(dy)
     row_weights = pairs.take(weights)
 
@@ -273,4 +276,4 @@ def _cotangent(primal, gradient):
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), primal)
 
 
-_combined.defvjp(_forward, _backward)
+run_experts.defvjp(_forward, _backward)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.kernels.expert_matmul.grouped import FEW_PAIRS, Groups, Static, Tiles
+from gptoss_jax.kernels.expert_matmul.grouped import Groups, Static, Tiles, few_pairs
 from gptoss_jax.kernels.expert_matmul.reference import clamped_swiglu
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 
@@ -48,9 +48,9 @@ def why_not(problem, kind: str) -> list[str]:
 
 def tiles(problem) -> Tiles:
     """Tiles that hold the rows of most experts, up to where a larger one would save no time."""
-    pairs, average = problem.R * problem.A, problem.R * problem.A / problem.E
+    pairs, average = problem.R * problem.A, problem.R * problem.A / problem.sharers
     if problem.packed and problem.dtype == "bfloat16" and average <= FEW_ROWS / 2:
-        rows = 1 if pairs <= min(FEW_PAIRS, problem.E) else 4 if average <= 1 else FEW_ROWS
+        rows = 1 if few_pairs(pairs, problem.sharers) else 4 if average <= 1 else FEW_ROWS
     else:
         largest = LANES if average < 1024 else 2 * LANES
         rows = min(max(1 << int(1.25 * average).bit_length(), 16), largest)
@@ -273,7 +273,8 @@ def _call(
     finish, static: Static, form: _Form, groups: Groups, rows, weights, others, shape, dtype
 ) -> Array:
     """Run `_kernel` over (blocks of weights, row tiles). The last axis of the output is cut as the
-    weights are. Tiles that are not used stay at the last that is: they move nothing.
+    weights are. Tiles that are not used stay at the last that is: they move nothing. If none is,
+    as where all pairs belong to other devices, everything stays at the first block.
     """
     *lead, _, width = shape
     num_tiles, lanes = groups.expert_of_tile.size, form.outputs if form.cut_outputs else form.inputs
@@ -282,7 +283,10 @@ def _call(
 
     def spec(block, index):
         def at(j, tile, place: _Place):
-            return index(j, jnp.minimum(tile, place.used[0] - 1), place.expert[tile])
+            last = place.used[0] - 1
+            if static.total_experts is not None:
+                j, last = jnp.where(last < 0, 0, j), jnp.maximum(last, 0)
+            return index(j, jnp.minimum(tile, last), place.expert[tile])
 
         return pl.BlockSpec(block, at)
 
