@@ -9,7 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from jax.sharding import Mesh
 
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.conversation import (
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
     )
     from gptoss_jax.harmony import FunctionTool, Message, Tokenizer
     from gptoss_jax.inference.sampling import Sampling
+    from gptoss_jax.model.placed import place
     from gptoss_jax.model.transformer import Transformer
     from gptoss_jax.mxfp4 import Mxfp4
+    from gptoss_jax.sharding import Placement, make_mesh
     from gptoss_jax.weights.describe import describe
     from gptoss_jax.weights.export import export
     from gptoss_jax.weights.fingerprint import fingerprint
@@ -52,6 +57,9 @@ __all__ = [
     "ModelConfig",
     "Transformer",
     "Mxfp4",
+    # many devices
+    "make_mesh",
+    "place",
     "__version__",
 ]
 
@@ -67,8 +75,10 @@ _HOMES = {
     "Message": "harmony",
     "Tokenizer": "harmony",
     "Sampling": "inference.sampling",
+    "place": "model.placed",
     "Transformer": "model.transformer",
     "Mxfp4": "mxfp4",
+    "make_mesh": "sharding",
     "describe": "weights.describe",
     "export": "weights.export",
     "fingerprint": "weights.fingerprint",
@@ -80,12 +90,16 @@ def load(
     *,
     experts: str = "packed",
     dtype: Any = None,
+    mesh: "Mesh | Placement | None" = None,
+    rules: "Mapping[str, Sequence[str]] | None" = None,
     progress: bool | None = None,
 ) -> "Transformer":
     """The model in a checkpoint folder of any layout; without a path the bundled tiny one.
 
     `experts="packed"` keeps the published MXFP4 bytes, "bf16" unpacks them. `dtype`, "bfloat16" or
-    "float32", is that of all the rest; None is bfloat16 on accelerators and float32 on CPU.
+    "float32", is that of all the rest; None is bfloat16 on accelerators and float32 on CPU. `mesh`,
+    as from `make_mesh`, splits the model over devices, straight from the files: each process reads
+    what its own devices hold. `rules` override lines of `sharding.RULES`.
     `progress` None shows a bar on a terminal if it takes long. Raises ValueError with all that is
     wrong. Compiled programs are kept from here on: see inference/compilation.py.
     """
@@ -95,7 +109,9 @@ def load(
 
     enable_compilation_cache()
     folder = BUNDLED_MODEL if path is None else path
-    return load_checkpoint(folder, experts=experts, dtype=dtype, progress=progress)
+    return load_checkpoint(
+        folder, experts=experts, dtype=dtype, mesh=mesh, rules=rules, progress=progress
+    )
 
 
 def __getattr__(name: str) -> Any:

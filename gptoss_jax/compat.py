@@ -5,6 +5,7 @@ Differences are felt for, never read from version numbers.
 """
 
 import functools
+import os
 import threading
 from typing import Any
 
@@ -43,3 +44,27 @@ def _compiled(jaxpr: Any, shapes: Any, structure: Any) -> Any:
         core.eval_jaxpr(jaxpr, consts, *args)
 
     return jax.jit(run).lower(*jax.tree.unflatten(structure, shapes)).compile()
+
+
+def backends_are_initialized() -> bool:
+    """Whether jax has looked for devices; it cannot meet other processes after that."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
+def cluster(timeout: float) -> tuple[str, int, int, Any] | None:
+    """What jax.distributed would find out by itself, without using it yet.
+
+    The coordinator's address, the number of processes, which one this is, and which of its
+    machine's devices it has, or None for all; None altogether where it finds nothing.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        address, None, None, None, None, int(timeout)
+    )
+    if address is None or count is None or number is None:
+        return None
+    return address, count, number, None if "JAX_LOCAL_DEVICE_IDS" in os.environ else devices

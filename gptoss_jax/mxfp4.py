@@ -23,7 +23,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; codes 8..15 are t
 #   published    blocks [..., X, C, 16], scales [..., X, C]
 #   scales_last  blocks as published, scales [..., C, X]
 #   inputs_first blocks [..., 16 C, X'], scales [..., C', X']: outputs side by side, as TPUs have
-#                lanes; X' and C' are X and C filled up to whole tiles, or XLA would rearrange them
+#                lanes; X' and C' are X and C filled up to whole tiles, or XLA would rearrange them.
+#                Where X or C are split over devices, each device's piece is filled up by itself
 ORDERS = ("published", "scales_last", "inputs_first")
 LANES, SCALE_ROWS = 128, 32  # a tile of bytes on a TPU
 
@@ -33,13 +34,15 @@ class Mxfp4(nnx.Pytree):
     """A tensor `[..., X, 32 * C]` as the published bytes, or as a permutation of them.
 
     Leading axes are free, so a slice of the tensor is a slice of both members. Scale bytes 0 and
-    255 mean 2^-127 and NaN. `outputs` is X where the order fills it up.
+    255 mean 2^-127 and NaN. Where the order fills X up, `outputs` is X and `pieces` says into how
+    many X and C are split.
     """
 
     blocks: UInt8[jax.Array, "..."] = nnx.data()
     scales: UInt8[jax.Array, "..."] = nnx.data()
     order: str = nnx.static(default="published")
     outputs: int | None = nnx.static(default=None)
+    pieces: tuple[int, int] = nnx.static(default=(1, 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,47 +59,69 @@ class Mxfp4(nnx.Pytree):
         """Index or slice leading axes; X and the packed axis stay whole."""
         return jax.tree.map(lambda member: member[index], self)
 
-    def arranged(self, order: str) -> "Mxfp4":
+    def arranged(self, order: str, pieces: tuple[int, int] = (1, 1)) -> "Mxfp4":
         """The same tensor with its bytes in another of ORDERS; jittable."""
-        if order == self.order:
+        pieces = pieces if order == "inputs_first" else (1, 1)
+        if (order, pieces) == (self.order, self.pieces):
             return self
         if self.order != "published":
+            kind = self.order, self.shape, self.pieces
             published = Mxfp4(
-                published_blocks(self.blocks, self.order, self.shape),
-                published_scales(self.scales, self.order, self.shape),
+                published_blocks(self.blocks, *kind), published_scales(self.scales, *kind)
             )
-            return published.arranged(order)
+            return published.arranged(order, pieces)
         scales = self.scales.swapaxes(-1, -2)
         if order == "scales_last":
             return Mxfp4(self.blocks, scales, order)
         *lead, outputs, num_blocks, half_block = self.blocks.shape
         blocks = jnp.moveaxis(self.blocks, -3, -1).reshape(*lead, num_blocks * half_block, outputs)
-        padding = [(0, 0)] * len(lead)
-        lanes = (0, -outputs % LANES)
-        return Mxfp4(
-            jnp.pad(blocks, [*padding, (0, 0), lanes]),
-            jnp.pad(scales, [*padding, (0, -num_blocks % SCALE_ROWS), lanes]),
-            order,
-            outputs,
-        )
+        blocks = _filled(blocks, -1, pieces[0], LANES)
+        scales = _filled(_filled(scales, -1, pieces[0], LANES), -2, pieces[1], SCALE_ROWS)
+        return Mxfp4(blocks, scales, order, outputs, pieces)
+
+    def one_piece(self) -> "Mxfp4":
+        """What a device that holds one piece has, as a tensor of its own."""
+        outputs = self.outputs and self.outputs // self.pieces[0]
+        return Mxfp4(self.blocks, self.scales, self.order, outputs)
 
 
-def published_blocks(blocks, order: str, shape: tuple[int, ...]):
+def _filled(x, axis: int, pieces: int, tile: int):
+    """Each of the pieces that make up an axis, filled up with zeros to whole tiles."""
+    axis %= x.ndim
+    parts = x.reshape(*x.shape[:axis], pieces, -1, *x.shape[axis + 1 :])
+    missing = -parts.shape[axis + 1] % tile
+    pads = [(0, missing if dim == axis + 1 else 0) for dim in range(parts.ndim)]
+    return jnp.pad(parts, pads).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def _emptied(x, axis: int, pieces: int, size: int):
+    """The inverse of `_filled`, for an axis that has `size` entries when it is not filled up."""
+    axis %= x.ndim
+    parts = x.reshape(*x.shape[:axis], pieces, -1, *x.shape[axis + 1 :])
+    real = parts[(slice(None),) * (axis + 1) + (slice(size // pieces),)]
+    return real.reshape(*x.shape[:axis], size, *x.shape[axis + 1 :])
+
+
+def published_blocks(blocks, order: str, shape: tuple[int, ...], pieces: tuple[int, int] = (1, 1)):
     """Blocks of a tensor of that shape, from another order. Arrays are jax's or NumPy's, and may be
     some rows of the first axis."""
     if order != "inputs_first":
         return blocks
     lead, outputs = blocks.shape[:-2], shape[-2]
-    blocks = blocks[..., :outputs].reshape(*lead, shape[-1] // BLOCK, BLOCK // 2, outputs)
+    blocks = _emptied(blocks, -1, pieces[0], outputs)
+    blocks = blocks.reshape(*lead, shape[-1] // BLOCK, BLOCK // 2, outputs)
     axes = len(lead)
     return blocks.transpose(*range(axes), axes + 2, axes, axes + 1)
 
 
-def published_scales(scales, order: str, shape: tuple[int, ...]):
+def published_scales(scales, order: str, shape: tuple[int, ...], pieces: tuple[int, int] = (1, 1)):
     """The same for scales."""
     if order == "published":
         return scales
-    return scales[..., : shape[-1] // BLOCK, : shape[-2]].swapaxes(-1, -2)
+    if order == "inputs_first":
+        scales = _emptied(scales, -1, pieces[0], shape[-2])
+        scales = _emptied(scales, -2, pieces[1], shape[-1] // BLOCK)
+    return scales.swapaxes(-1, -2)
 
 
 def check_mxfp4(
@@ -104,6 +129,7 @@ def check_mxfp4(
     blocks_shape: tuple[int, ...],
     scales_shape: tuple[int, ...],
     order: str = "published",
+    pieces: tuple[int, int] = (1, 1),
 ) -> None:
     """Raise ValueError where blocks and scales cannot belong to one tensor."""
     wanted = {
@@ -111,14 +137,14 @@ def check_mxfp4(
         "scales_last": "blocks [..., X, C, 16] and scales [..., C, X]",
         "inputs_first": "blocks [..., 16 C, X] and scales [..., C, X], both filled up to tiles",
     }[order]
-    if not _fit(blocks_shape, scales_shape, order):
+    if not _fit(blocks_shape, scales_shape, order, pieces[1]):
         raise ValueError(
             f"{name}: expected {wanted}, got blocks {list(blocks_shape)} and scales "
             f"{list(scales_shape)}; are they of one tensor?"
         )
 
 
-def _fit(blocks: tuple[int, ...], scales: tuple[int, ...], order: str) -> bool:
+def _fit(blocks: tuple[int, ...], scales: tuple[int, ...], order: str, pieces: int) -> bool:
     if order == "published":
         return blocks == (*scales, BLOCK // 2)
     if len(scales) < 2:
@@ -127,8 +153,10 @@ def _fit(blocks: tuple[int, ...], scales: tuple[int, ...], order: str) -> bool:
     if order == "scales_last":
         return blocks == (*lead, outputs, num_blocks, BLOCK // 2)
     known = blocks[:-2] == tuple(lead) and blocks[-1:] == (outputs,)
-    filled = -(-blocks[-2] // (BLOCK // 2) // SCALE_ROWS) * SCALE_ROWS if known else 0
-    return known and blocks[-2] % (BLOCK // 2) == 0 and num_blocks == filled
+    if not known or blocks[-2] % (BLOCK // 2 * pieces):
+        return False
+    real = blocks[-2] // (BLOCK // 2) // pieces
+    return num_blocks == -(-real // SCALE_ROWS) * SCALE_ROWS * pieces
 
 
 def exponent_of_two(scales: UInt8[jax.Array, "..."]) -> Float[jax.Array, "..."]:

@@ -13,11 +13,14 @@ Named aliases below are for shapes that several files share.
 """
 
 import jax
+import numpy as np
 from jaxtyping import Float, Int
 
 Array = jax.Array
 
-Tokens = Int[Array, "B T"]
-Positions = Int[Array, "B T"]  # -1 marks padding: never seen, never cached
+# What callers make, which NumPy may hold as well.
+Tokens = Int[Array | np.ndarray, "B T"]
+Positions = Int[Array | np.ndarray, "B T"]  # -1 marks padding: never seen, never cached
+Segments = Int[Array | np.ndarray, "B T"]  # tokens of one document, in a row of several
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]

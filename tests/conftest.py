@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conditions every test runs under, and the two fixtures that nearly every test uses.
+"""The conditions every test runs under, and the fixtures that nearly every test uses.
 
 Eight fake CPU devices, strict promotion, checked array shapes, no network, nothing kept afterwards.
 The environment is set before jax is imported; subprocesses that a test starts inherit it.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -70,6 +71,21 @@ def config() -> ModelConfig:
         norm_eps=1e-5,
         swiglu_alpha=1.702,
         swiglu_limit=7.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def sharded_config(config) -> ModelConfig:
+    """Axes that all differ again, and that eight devices can divide."""
+    return dataclasses.replace(
+        config,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=20,
+        num_experts=16,
+        experts_per_token=5,
+        hidden_dim=192,
+        sliding_window=10,
     )
 
 

@@ -407,6 +407,11 @@ def test_tuning_keeps_the_fastest_blocks(tmp_path, monkeypatch):
         (["generate", "a<|end|>"], "TEXT: expected no special token, got '<|end|>' at character 1"),
         (["generate"], "TEXT: expected TEXT or --tokens, got neither"),
         (["generate", "Hi", "--tokens", "1"], "TEXT: expected TEXT or --tokens, got both"),
+        (["generate", "--mesh", "exprt=4", "Hi"], "mesh.exprt: unknown key (did you mean expert?)"),
+        (["generate", "--mesh", "expert=2", "Hi"], "mesh: expert 2: experts: 5 E experts do not"),
+        (["chat", "--mesh", "data=2,tensor=8", "Hi"], "mesh: expected at most 8 devices"),
+        (["chat", "--distributed"], "TEXT: expected a question, which all processes are given"),
+        (["generate", "--process-id", "0", "Hi"], "coordinator, num_processes: expected all of"),
         (["generate", "--tokens", "4000"], "prompts[0]: expected token ids in [0, V=1024), got"),
     ],
 )  # fmt: skip

@@ -19,7 +19,8 @@ from gptoss_jax.cli.bench import Bench
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.generate import Generate
 from gptoss_jax.cli.info import Info
-from gptoss_jax.cli.output import remark
+from gptoss_jax.cli.output import complain
+from gptoss_jax.cli.processes import leave
 
 ABOUT = "OpenAI's gpt-oss in JAX. `gptoss --version` says which version this is."
 COMMANDS = {"chat": Chat, "generate": Generate, "info": Info, "bench": Bench}
@@ -56,9 +57,9 @@ def report(error: Exception, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     elif status_of(error) == 2:
-        remark(str(error))
+        complain(str(error))
     else:
-        remark(f"{type(error).__name__}: {error}; --debug shows where")
+        complain(f"{type(error).__name__}: {error}; --debug shows where")
 
 
 def status_of(error: Exception) -> int:
@@ -70,4 +71,6 @@ def main() -> None:
     """The `gptoss` command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without unicode shows `?`
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    leave(status)
+    sys.exit(status)

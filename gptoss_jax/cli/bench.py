@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gptoss_jax.cli.options import Flag, Text
+from gptoss_jax.cli.values import Flag, Text
 
 
 @dataclass(kw_only=True)

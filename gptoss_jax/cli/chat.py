@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gptoss_jax.cli.options import Count, OfModel, Positional, Text
+from gptoss_jax.cli.options import OfModel
 from gptoss_jax.cli.output import print_json, printable, remark, write
+from gptoss_jax.cli.values import Count, Positional, Text
 
 if TYPE_CHECKING:
     from gptoss_jax.conversation import Conversation, Reply, ReplyStream
@@ -44,17 +45,24 @@ class Chat(OfModel):
     """Limit of the reply, reasoning included; without it as much as suits the effort."""
 
     def run(self) -> int:
+        if self.several and not self.text:
+            raise ValueError(
+                "TEXT: expected a question, which all processes are given, got none; a "
+                "conversation needs a single process"
+            )
         harmony_ready = in_background(open_harmony)
-        sampling = self.sampling()
+        self.join()
+        sampling = self.together(self.sampling, "arguments")
         from gptoss_jax.conversation import Conversation
 
-        model = self.load()
+        date = datetime.date.today() if self.date == "today" else self.date
+        model = self.load(date=date)
         harmony_ready()
         talk = Conversation(
             model,
             reasoning_effort=self.reasoning_effort,
             instructions=self.developer,
-            date=datetime.date.today() if self.date == "today" else self.date,
+            date=date,
             max_new_tokens=self.max_new_tokens,
             **sampling,
         )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptoss_jax.cli.options import Flag, OfModel, Positional
+from gptoss_jax.cli.options import OfModel
 from gptoss_jax.cli.output import print_json, printable, write
+from gptoss_jax.cli.values import Flag, Positional
 
 if TYPE_CHECKING:
     from gptoss_jax.harmony import Tokenizer
@@ -38,13 +39,14 @@ class Generate(OfModel):
         if bool(self.text) == bool(self.tokens):
             got = "both" if self.text else "neither"
             raise ValueError(f"TEXT: expected TEXT or --tokens, got {got}; give one of them")
-        sampling = self.sampling()
+        self.join()
+        sampling = self.together(self.sampling, "arguments")
         from gptoss_jax import conversation
         from gptoss_jax.inference.decode import Completion, stream
 
-        tokenizer = conversation.tokenizer_in(self.folder)
-        prompt = self.tokens or self.encode(tokenizer)
-        model = self.load()
+        tokenizer = self.together(lambda: conversation.tokenizer_in(self.folder), "tokenizer")
+        prompt = self.together(lambda: self.tokens or self.encode(tokenizer), "prompt")
+        model = self.load(prompt=prompt)
         pieces = stream(
             model,
             [prompt],

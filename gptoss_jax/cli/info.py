@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import gptoss_jax
-from gptoss_jax.cli.options import Flag, OfCheckpoint, Text
+from gptoss_jax.cli.options import OfCheckpoint
 from gptoss_jax.cli.output import print_json
+from gptoss_jax.cli.values import Flag, Text
 
 if TYPE_CHECKING:
     from rich.console import Console

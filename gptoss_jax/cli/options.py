@@ -7,27 +7,22 @@ What is left out is decided by the checkpoint, not here.
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import gptoss_jax
 from gptoss_jax.cli.output import remark
+from gptoss_jax.cli.processes import OfProcesses
+from gptoss_jax.cli.values import Count, Flag, Folder, Number, Text
 from gptoss_jax.folders import BUNDLED_MODEL
 
 if TYPE_CHECKING:
+    from gptoss_jax.mesh_file import WrittenMesh
     from gptoss_jax.model.transformer import Transformer
+    from gptoss_jax.sharding import Placement
+    from gptoss_jax.weights.checkpoint import Checkpoint
 
-
-# An empty hint, where tyro would write "(default: None)".
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
-Folder = Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
-Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
-Positional = Annotated[
-    str, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT]", help_behavior_hint="")
-]
+OWN = ("checkpoint", "json", "debug", "mesh", "show_analysis")  # may differ between processes
 
 
 @dataclass(kw_only=True)
@@ -53,11 +48,13 @@ class OfCheckpoint:
 
 
 @dataclass(kw_only=True)
-class OfModel(OfCheckpoint):
+class OfModel(OfProcesses, OfCheckpoint):
     """How the model is held and how it samples; what is left out the checkpoint decides."""
 
     experts: Literal["packed", "bf16"] = "packed"
     """Keep the published MXFP4 bytes of the experts, or unpack them."""
+    mesh: Text = None
+    """How devices share the model: axes and sizes as expert=4,tensor=2, or a TOML file of them."""
     dtype: Text = None
     """bfloat16 or float32, of all that is not packed; without it what suits the device."""
     temperature: Number = None
@@ -87,6 +84,69 @@ class OfModel(OfCheckpoint):
         Sampling(**given)
         return given
 
-    def load(self) -> "Transformer":
+    def load(self, **decided: object) -> "Transformer":
+        """The model, on the devices that share it.
+
+        Processes first compare all that decides their program: the options, what else the command
+        has `decided`, and the checkpoint's headers.
+        """
         self.say_if_bundled()
-        return gptoss_jax.load(self.folder, experts=self.experts, dtype=self.dtype)
+        written = self.together(self.written_mesh, "mesh")
+        self.agree("arguments", lambda: self.arguments(written) | decided)
+        where = self.together(lambda: self.place(written), "mesh")
+        self.agree("checkpoint", self.headers)
+        return self.together(
+            lambda: gptoss_jax.load(
+                self.folder, experts=self.experts, dtype=self.dtype, mesh=where
+            ),
+            "checkpoint",
+        )
+
+    def written_mesh(self) -> "WrittenMesh | None":
+        if self.mesh is not None:
+            from gptoss_jax.mesh_file import read_mesh
+
+            return read_mesh(self.mesh)
+        if self.several:
+            import jax
+
+            raise ValueError(
+                f"--mesh: expected how the {jax.device_count()} devices of the "
+                f"{jax.process_count()} processes share the model, got nothing; give for example "
+                f"--mesh expert={jax.device_count()}"
+            )
+        return None
+
+    def place(self, written: "WrittenMesh | None") -> "Placement | None":
+        """The devices, and that the model's sizes divide by them."""
+        if written is None:
+            return None
+        from gptoss_jax.sharding import placement
+
+        packed = self.experts == "packed"
+        config = self.opened().config
+        return placement(written.mesh(), config, packed=packed, rules=written.rules)
+
+    def opened(self) -> "Checkpoint":
+        from gptoss_jax.weights.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.folder)
+
+    def arguments(self, written: "WrittenMesh | None") -> dict[str, object]:
+        """What was asked for, other than where this process finds things."""
+        import jax
+
+        own = {*OWN, *(field.name for field in dataclasses.fields(OfProcesses))}
+        names = (field.name for field in dataclasses.fields(self) if field.name not in own)
+        facts: dict[str, object] = {name: repr(getattr(self, name)) for name in names}
+        facts |= {"gptoss_jax": gptoss_jax.__version__, "jax": jax.__version__}
+        return facts | {"command": type(self).__name__.lower(), "mesh": written}
+
+    def headers(self) -> dict[str, object]:
+        """What the checkpoint holds, short of the values."""
+        found = self.opened()
+        defaults = Path(self.folder, "generation_config.json")
+        facts: dict[str, object] = dataclasses.asdict(found.config)
+        tensors = {key: f"{t.dtype} {list(t.shape)}" for key, t in found.tensors.items()}
+        said = defaults.read_text(encoding="utf-8") if defaults.is_file() else ""
+        return facts | {"generation_config.json": " ".join(said.split())} | tensors

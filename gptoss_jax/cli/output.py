@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command writes: answers to stdout, remarks to stderr."""
 
+import io
 import json
+import os
 import sys
 from typing import Any
 
@@ -21,7 +23,33 @@ def print_json(value: dict[str, Any]) -> None:
 
 def remark(text: str) -> None:
     """One line on stderr."""
+    if not _silent:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """What went wrong, which every process says."""
     print(f"gptoss: {text}", file=sys.stderr, flush=True)
+
+
+_silent = False
+
+
+def be_silent() -> None:
+    """From here on this process only complains; stdout has been kept, and another one prints."""
+    global _silent
+    _silent = True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def keep_stdout() -> None:
+    """Libraries that connect processes write about it to stdout (gloo, NCCL); let it be stderr."""
+    sys.stdout.flush()
+    own = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = io.TextIOWrapper(
+        os.fdopen(own, "wb"), encoding=sys.stdout.encoding, errors="replace"
+    )
 
 
 def printable(text: str) -> str:

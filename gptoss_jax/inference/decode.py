@@ -1,57 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode as two compiled programs, and the loops around them.
+"""The host's side of generation: prompts in, tokens out, and the loops around programs.py.
 
-A `Decoder` takes a model apart once and then calls functions of flat leaves: passing modules
-through jit costs milliseconds a call. Shapes are rounded up to a few sizes (rows, prompt length,
+A `Decoder` takes a model apart once. Shapes are rounded up to a few sizes (rows, prompt length,
 capacity), so a new prompt rarely compiles anything. Knows token ids only; text is
 `conversation.py`'s business.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
-from gptoss_jax.inference.sampling import (
-    Sampling,
-    SamplingArrays,
-    Seen,
-    Steps,
-    choose,
-    sampling_arrays,
+from gptoss_jax.inference.programs import (
+    DecodeState,
+    Request,
+    Structure,
+    advance_program,
+    prefill_program,
 )
-from gptoss_jax.model.cache import Cache, empty_cache
+from gptoss_jax.inference.sampling import Sampling, Seen, Steps, sampling_arrays
+from gptoss_jax.model.cache import empty_cache
+from gptoss_jax.model.placed import put
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.shapes import Array
 
 PREFILL_LENGTHS = (16, 32, 64, 128, 256, 512, 768, 1024)  # longer prompts go in pieces of the last
 SMALLEST_CAPACITY = 256
 ADVISED = Sampling()
-
-
-@nnx.dataclass
-class DecodeState(nnx.Pytree):
-    """Everything that changes from step to step."""
-
-    cache: Cache = nnx.data()
-    tokens: Int[Array, " B"] = nnx.data()  # chosen last, not yet in the cache
-    generated: Int[Array, " B"] = nnx.data()  # how many were chosen
-    done: Bool[Array, " B"] = nnx.data()
-    seen: Seen | None = nnx.data()  # only where a row has a penalty
-
-
-@nnx.dataclass
-class Request(nnx.Pytree):
-    """Everything that stays: how each row samples, when it stops."""
-
-    sampling: SamplingArrays = nnx.data()
-    limits: Int[Array, " B"] = nnx.data()  # tokens to generate at most
-    stop: Int[Array, " stops"] = nnx.data()  # token ids that end a row, -1 where unused
 
 
 @dataclasses.dataclass
@@ -67,13 +46,10 @@ class Decoder:
     """A model ready to generate. Later changes to the model's weights do not reach it."""
 
     def __init__(self, model: Transformer):
-        graph, state = nnx.split(model)
-        leaves, tree = jax.tree.flatten(state)
+        self.structure, self.leaves = Structure.of(model)
         self.config = model.config
-        self.leaves = tuple(leaves)
         self.dtype = model.embed.dtype
-        self._structure = (graph, tree)
-        self._prefill = _prefill_program(graph, tree)
+        self._prefill = prefill_program(self.structure)
 
     def start(
         self,
@@ -85,7 +61,7 @@ class Decoder:
     ) -> tuple["Run", np.ndarray, np.ndarray]:
         """Read the prompts; returns the run and the first token and log-probability of each row."""
         self._check(prompts, limits)
-        rows = _power_of_two(len(prompts))
+        rows = self._multiple(_power_of_two(len(prompts)), "batch")
         spare = rows - len(prompts)
         lengths = np.array([len(p) for p in prompts] + [0] * spare, np.int32)
         request = Request(
@@ -93,17 +69,28 @@ class Decoder:
             jnp.asarray(np.array([*limits, *[0] * spare], np.int32)),
             _padded(stop),
         )
+        request = self._put(self.structure.request(request), request)
         steps = Steps.needed(sampling)
         longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        state = self._empty(rows, max(SMALLEST_CAPACITY, _power_of_two(longest)), steps)
-        logprobs = jnp.zeros((rows,), jnp.float32)
-        for tokens, counts in _chunks(prompts, lengths):
-            state, logprobs = self._prefill(
-                self.leaves, state, logprobs, request, tokens, counts, steps
+        capacity = self._multiple(max(SMALLEST_CAPACITY, _power_of_two(longest)), "slots")
+        state = self._empty(rows, capacity, steps)
+        logprobs = self._put(self.structure.spec("batch"), jnp.zeros((rows,), jnp.float32))
+        for chunk in _chunks(prompts, lengths):
+            chunk = self._put((self.structure.spec("batch"),) * 2, chunk)
+            state, logprobs, news = self._prefill(
+                self.leaves, state, logprobs, request, *chunk, steps
             )
-        tokens, logprobs, done = jax.device_get((state.tokens, logprobs, state.done))
+        tokens, bits, done = np.asarray(news)[..., 0]
         run = Run(self, state, request, steps, len(prompts), bool(done.all()))
-        return run, tokens[: len(prompts)], logprobs[: len(prompts)]
+        return run, tokens[: len(prompts)], bits.view(np.float32)[: len(prompts)]
+
+    def _multiple(self, size: int, name: str) -> int:
+        """So many that every device has as many."""
+        where = self.structure.placement
+        return size + -size % (where.size(name) if where else 1)
+
+    def _put(self, specs: Any, arrays: Any) -> Any:
+        return put(self.structure.placement, specs, arrays)
 
     @property
     def vocab_size(self) -> int:
@@ -112,13 +99,14 @@ class Decoder:
     def _empty(self, rows: int, capacity: int, steps: Steps) -> DecodeState:
         shape = (rows, self.vocab_size)
         seen = Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)) if steps.penalise else None
-        return DecodeState(
-            cache=empty_cache(self.config, rows, capacity, self.dtype),
+        state = DecodeState(
+            cache=empty_cache(self.config, rows, capacity, self.dtype, self.structure.placement),
             tokens=jnp.zeros((rows,), jnp.int32),
             generated=jnp.zeros((rows,), jnp.int32),
             done=jnp.ones((rows,), bool),
             seen=seen,
         )
+        return self._put(self.structure.state(state), state)
 
     def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
         context = self.config.max_context
@@ -155,7 +143,7 @@ class Run:
         self._weights, self._steps, self._rows = decoder.leaves, steps, rows
         self._state, state_tree = jax.tree.flatten(state)
         self._request, request_tree = jax.tree.flatten(request)
-        self._advance = _advance_program(*decoder._structure, state_tree, request_tree)
+        self._advance = advance_program(decoder.structure, state_tree, request_tree)
 
     def advance(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Up to `num_tokens` more tokens in one dispatch.
@@ -170,101 +158,6 @@ class Run:
         return tokens[: self._rows], logprobs.view(np.float32)[: self._rows]
 
 
-@functools.lru_cache(maxsize=16)
-def _prefill_program(graph, tree):
-    """Jitted prefill of one model structure, shared by all models that have it."""
-
-    @functools.partial(jax.jit, static_argnums=(6,), donate_argnums=(1, 2))
-    def prefill(leaves, state, logprobs, request, tokens, counts, steps):
-        """Read one chunk of the prompts and choose a token after it.
-
-        A row whose prompt goes on keeps nothing of that token: the next chunk chooses again.
-        """
-        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        hidden, cache = model.extend(tokens, counts, state.cache)
-        last = hidden[jnp.arange(tokens.shape[0]), jnp.maximum(counts - 1, 0)]
-        seen = state.seen and _saw_prompt(state.seen, tokens, counts)
-        first = jnp.zeros_like(state.generated)
-        logits = model.logits(last[:, None])[:, 0]
-        chosen, new_logprobs = choose(logits, request.sampling, first, seen, steps)
-        here = counts > 0
-        chosen = jnp.where(here, chosen, state.tokens)
-        done = _ended(chosen, first + 1, request)
-        state = DecodeState(cache, chosen, first + 1, done, seen)
-        return state, jnp.where(here, new_logprobs, logprobs)
-
-    return prefill
-
-
-@functools.lru_cache(maxsize=32)
-def _advance_program(graph, tree, state_tree, request_tree):
-    """Jitted decode loop, on the leaves of the weights, of the state and of the request."""
-
-    @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(1,))
-    def advance(leaves, state, request, num_tokens, steps):
-        """Step until `num_tokens` are written or every row is done."""
-        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        state = jax.tree.unflatten(state_tree, state)
-        request = jax.tree.unflatten(request_tree, request)
-
-        def unfinished(carry):
-            index, state, _, _ = carry
-            return (index < num_tokens) & ~state.done.all()
-
-        def step(carry):
-            index, state, tokens, logprobs = carry
-            going = ~state.done
-            state, new_logprobs = _step(model, state, request, steps)
-            tokens = tokens.at[:, index].set(jnp.where(going, state.tokens, -1))
-            return index + 1, state, tokens, logprobs.at[:, index].set(new_logprobs)
-
-        shape = (state.tokens.shape[0], num_tokens)
-        start = jnp.zeros((), jnp.int32)
-        carry = (start, state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-        _, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, carry)
-        done = jnp.broadcast_to(state.done[:, None].astype(jnp.int32), shape)
-        bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
-        return jax.tree.leaves(state), jnp.stack([tokens, bits, done])
-
-    return advance
-
-
-def _step(
-    model: Transformer, state: DecodeState, request: Request, steps: Steps
-) -> tuple[DecodeState, Float[Array, " B"]]:
-    """Feed each row its last token and choose the next; rows that are done stand still."""
-    going = ~state.done
-    counts = going.astype(jnp.int32)
-    hidden, cache = model.extend(state.tokens[:, None], counts, state.cache)
-    seen = state.seen and _saw_generated(state.seen, state.tokens, counts)
-    logits = model.logits(hidden)[:, 0]
-    chosen, logprobs = choose(logits, request.sampling, state.generated, seen, steps)
-    chosen = jnp.where(going, chosen, state.tokens)
-    generated = state.generated + counts
-    done = state.done | _ended(chosen, generated, request)
-    return DecodeState(cache, chosen, generated, done, seen), logprobs
-
-
-def _ended(
-    tokens: Int[Array, " B"], generated: Int[Array, " B"], request: Request
-) -> Bool[Array, " B"]:
-    stopped = (tokens[:, None] == request.stop[None, :]).any(axis=1)
-    return stopped | (generated >= request.limits)
-
-
-def _saw_prompt(seen: Seen, tokens: Int[Array, "B T"], counts: Int[Array, " B"]) -> Seen:
-    vocab_size = seen.prompt.shape[1]
-    real = jnp.arange(tokens.shape[1])[None, :] < counts[:, None]
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    tokens = jnp.where(real, tokens, vocab_size)  # out of bounds is dropped
-    return Seen(seen.prompt.at[rows, tokens].set(True, mode="drop"), seen.generated)
-
-
-def _saw_generated(seen: Seen, tokens: Int[Array, " B"], counts: Int[Array, " B"]) -> Seen:
-    rows = jnp.arange(tokens.shape[0])
-    return Seen(seen.prompt, seen.generated.at[rows, tokens].add(counts))
-
-
 def _chunks(prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> Iterator[tuple]:
     """The prompts side by side, padded on the right, in pieces of a few fixed lengths."""
     biggest = PREFILL_LENGTHS[-1]
@@ -274,7 +167,7 @@ def _chunks(prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> Iterator[t
         tokens = np.zeros((len(lengths), size), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : counts[row]] = prompt[start : start + int(counts[row])]
-        yield jnp.asarray(tokens), jnp.asarray(counts)
+        yield tokens, counts
 
 
 def _padded(stop: Sequence[int]) -> Int[Array, " stops"]:

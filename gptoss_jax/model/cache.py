@@ -3,14 +3,22 @@
 
 Full layers keep a slot per position; window layers keep a ring of W slots, position p in slot
 p % W. Which position a slot holds follows from the row's length alone. Knows no modules.
+
+On a mesh that splits the slots of full layers over c devices, position p is in slot p // c of
+device p % c: every device has its share of a row, long or short. Rings are whole.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
+from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.sharding import Placement
 
 
 @nnx.dataclass
@@ -39,9 +47,24 @@ class Cache(nnx.Pytree):
     lengths: Int[jax.Array, " B"] = nnx.data()  # tokens seen so far
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache:
-    """A cache for `batch` rows of up to `capacity` tokens each."""
+def empty_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype, placement: Placement | None = None
+) -> Cache:
+    """A cache for `batch` rows of up to `capacity` tokens each, on the placement's mesh."""
+    if placement is None:
+        return _zeros(config, batch, capacity, dtype)
+    return _zeros_program(config, batch, capacity, jnp.dtype(dtype), placement)()
 
+
+@functools.lru_cache(maxsize=16)
+def _zeros_program(config: ModelConfig, batch: int, capacity: int, dtype, placement: Placement):
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(placement.mesh, spec), cache_specs(placement, config)
+    )
+    return jax.jit(lambda: _zeros(config, batch, capacity, dtype), out_shardings=shardings)
+
+
+def _zeros(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache:
     def layer(index: int) -> LayerCache:
         slots = config.window(index) or capacity
         shape = (batch, slots, config.num_kv_heads * config.head_dim)
@@ -49,6 +72,14 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> Cache:
 
     layers = tuple(layer(index) for index in range(config.num_layers))
     return Cache(layers, jnp.zeros((batch,), jnp.int32))
+
+
+def cache_specs(where: Placement, config: ModelConfig) -> Cache:
+    """Where each array of a cache lies on a mesh, in the place of the array."""
+    slots = [None if config.window(layer) else "slots" for layer in range(config.num_layers)]
+    specs = [where.spec("batch", name, "heads") for name in slots for _ in ("keys", "values")]
+    like = jax.eval_shape(lambda: _zeros(config, 1, 1, jnp.float32))
+    return jax.tree.unflatten(jax.tree.structure(like), [*specs, where.spec("batch")])
 
 
 def new_positions(
@@ -72,7 +103,8 @@ def slot_positions(
     slots = jnp.arange(num_slots, dtype=jnp.int32)[None, :]
     last = lengths[:, None] - 1
     if window is None:
-        return jnp.where(slots <= last, slots, -1)
+        held = slots * sharding.parts("slots") + sharding.index("slots")
+        return jnp.where(held <= last, held, -1)
     newest = last - (last - slots) % num_slots  # negative where the ring is not yet full
     return jnp.maximum(newest, -1)
 
@@ -96,7 +128,7 @@ def extend_layer(
     keys, values = (part.reshape(*part.shape[:2], -1) for part in (keys, values))
     counts = (positions >= 0).sum(axis=1, dtype=jnp.int32)
     after = lengths + counts
-    kept = _write(layer, keys, values, positions, after)
+    kept = _write(layer, keys, values, _slots(positions, after, num_slots, window))
     if window is None or num_new == 1:
         return kept, kept, slot_positions(after, num_slots, window)
     seen = LayerCache(
@@ -107,12 +139,20 @@ def extend_layer(
     return kept, seen, jnp.concatenate([old, positions], axis=1)
 
 
-def _write(layer, keys, values, positions, after) -> LayerCache:
-    """Scatter new tokens to slot p % S, except padding and those a later token overwrites."""
-    batch, num_slots = layer.keys.shape[:2]
+def _slots(positions, after, num_slots: int, window: int | None) -> Int[jax.Array, "B T"]:
+    """The slot of each new token; one past the last for padding, for tokens that a later one
+    overwrites, and for those that another device keeps."""
+    if window is None:
+        devices = sharding.parts("slots")
+        lasting = (positions >= 0) & (positions % devices == sharding.index("slots"))
+        return jnp.where(lasting, positions // devices, num_slots)
     lasting = (positions >= 0) & (positions >= after[:, None] - num_slots)
-    slots = jnp.where(lasting, positions % num_slots, num_slots)  # out of bounds is dropped
-    rows = jnp.arange(batch)[:, None]
+    return jnp.where(lasting, positions % num_slots, num_slots)
+
+
+def _write(layer, keys, values, slots: Int[jax.Array, "B T"]) -> LayerCache:
+    """Scatter new tokens to their slots; out of bounds is dropped."""
+    rows = jnp.arange(layer.keys.shape[0])[:, None]
 
     def put(old, new):
         return old.at[rows, slots].set(new.astype(old.dtype), mode="drop")

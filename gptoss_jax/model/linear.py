@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from gptoss_jax import sharding
 from gptoss_jax.shapes import Array
 
 
@@ -32,6 +33,16 @@ def _product(rows, kernel):
 def _row_twice(row, kernel):
     """Two rows are multiplied as they are, without a wider copy of the matrix."""
     return _product(jnp.concatenate([row, row]), kernel)[:1]
+
+
+def look_up_words(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table that may be split: each device looks up the words it has."""
+    if not sharding.axes("vocab"):
+        return look_up(table, tokens)
+    mine = tokens - sharding.index("vocab") * table.shape[0]
+    known = (mine >= 0) & (mine < table.shape[0])
+    rows = look_up(table, jnp.where(known, mine, 0))
+    return sharding.total(jnp.where(known[..., None], rows, jnp.zeros_like(rows)), "vocab")
 
 
 @jax.custom_vjp

@@ -7,9 +7,10 @@ array there, shapes and dtypes right, or one error that lists everything.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -18,9 +19,18 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.mxfp4 import check_mxfp4
 from gptoss_jax.weights.names import Entry, entries
 from gptoss_jax.weights.safetensors_file import DTYPES, CheckpointError, Tensor, read_header
+from gptoss_jax.weights.shards import Box, Span
 
 INDEX = "model.safetensors.index.json"
 PIECE = 4 << 20  # bytes that are read at a time; unpacked they are up to eight times as many
+RUN = 64 << 10  # bytes: of shorter parts of rows the whole rows are read
+
+
+class Piece(NamedTuple):
+    """What is read at a time: rows of an array, and which part of its column axis (None: all)."""
+
+    rows: Span
+    columns: Span | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +62,74 @@ class Checkpoint:
         """The dtype of an array as it is on disk."""
         return DTYPES[self.tensors[self.entries[name].key].dtype]
 
-    def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
-        """Rows of an array of the model, by our name; the dtype is that on disk."""
+    def read(self, name: str, piece: Piece) -> Shaped[np.ndarray, "..."]:
+        """A piece of an array of the model, by our name; the dtype is that on disk."""
         entry = self.entries[name]
-        first, last = entry.rows_on_disk(start, stop)
-        return entry.to_model(self.tensors[entry.key].rows(first, last))
+        tensor, rows = self.tensors[entry.key], entry.rows_on_disk(*piece.rows)
+        if piece.columns is None:
+            return entry.to_model(tensor.rows(*rows))
+        return entry.to_model(tensor.columns(*rows, *entry.columns_on_disk(*piece.columns)))
 
-    def pieces(self, name: str) -> Iterator[tuple[int, int]]:
-        """Runs of rows of an array that are of a good size to read at once."""
-        shape = self.entries[name].shape
-        return pieces(shape, self.dtype(name).itemsize)
+    def num_bytes_of(self, name: str, piece: Piece) -> int:
+        """What reading a piece reads."""
+        entry = self.entries[name]
+        tensor, (start, stop) = self.tensors[entry.key], entry.rows_on_disk(*piece.rows)
+        row_bytes = tensor.num_bytes // tensor.shape[0]
+        if piece.columns is not None:
+            first, last = entry.columns_on_disk(*piece.columns)
+            row_bytes = row_bytes // tensor.shape[1] * (last - first)
+        return (stop - start) * row_bytes
+
+    def pieces(self, name: str, boxes: Iterable[Box] | None = None) -> Iterator[Piece]:
+        """What to read, a good size at a time, to have some boxes of an array; or all of it."""
+        by_rows: dict[Span, list[Box]] = {}
+        for box in boxes or [tuple((0, size) for size in self.entries[name].shape)]:
+            by_rows.setdefault(box[0], []).append(box)
+        parts: dict[Span | None, list[Span]] = {}
+        for rows, group in by_rows.items():
+            for columns in self._columns(name, group):
+                parts.setdefault(columns, []).append(rows)
+        for columns, spans in parts.items():
+            row_bytes = self.num_bytes_of(name, Piece((0, 1), columns))
+            for start, stop in _merged(spans):
+                yield from (Piece(rows, columns) for rows in _runs(start, stop, row_bytes))
+
+    def _columns(self, name: str, boxes: list[Box]) -> list[Span | None]:
+        """The parts of rows that hold some boxes; None is the whole row, also where a part is so
+        short that reading it by itself would take longer."""
+        entry = self.entries[name]
+        axis, tensor = entry.column_axis, self.tensors[entry.key]
+        if axis is None:
+            return [None]
+        spans = _merged(box[axis] for box in boxes)
+        column_bytes = tensor.num_bytes // (tensor.shape[0] * tensor.shape[1])
+        on_disk = [entry.columns_on_disk(*span) for span in spans]
+        sizes = [stop - start for start, stop in on_disk]
+        if spans == [(0, entry.shape[axis])] or min(sizes) * column_bytes < RUN:
+            return [None]
+        return list(spans)
 
 
-def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Span]:
     """Runs of rows that make up `shape`, each of at most PIECE bytes or one row."""
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * itemsize
+    return _runs(0, shape[0], math.prod(shape[1:]) * itemsize)
+
+
+def _runs(start: int, stop: int, row_bytes: int) -> Iterator[Span]:
     step = max(1, PIECE // row_bytes)
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """The same places in as few spans as can be, sorted."""
+    merged: list[Span] = []
+    for start, stop in sorted(set(spans)):
+        if merged and start <= merged[-1][1]:
+            first, last = merged.pop()
+            start, stop = first, max(stop, last)
+        merged.append((start, stop))
+    return merged
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

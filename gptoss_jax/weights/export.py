@@ -6,13 +6,15 @@ names and get their own at the end, so a folder with a config.json in it is a fi
 """
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer
@@ -60,6 +62,7 @@ def export(
     transposed plain arrays. Everything that is not packed is written as `dtype`: "bfloat16", as
     published and what other loaders expect (rounds float32 parameters), or "float32".
     `generation` is the content of generation_config.json; without it the model's own is copied.
+    Where several processes hold the model, all of them must call this; the first one writes.
     """
     if experts not in ("packed", "bf16"):
         raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
@@ -68,16 +71,50 @@ def export(
     _check_arrays(model, arrays)
     specs = {e.key: Spec(np.dtype(np.uint8) if e.published.is_bytes else kind, e.published.shape)
              for e in table}  # fmt: skip
-    folder = Path(folder)
-    texts = _texts(model, specs, experts, generation)
-    with _NewFolder(folder) as new, _Shards(new, specs, max_shard_bytes) as shards:
-        with Progress("writing", sum(spec.num_bytes for spec in specs.values()), progress) as bar:
-            for entry, first_row, rows in _converted(arrays, table, kind, requantize):
-                shards.write(entry.key, first_row, rows)
-                bar.advance(rows.nbytes)
-        for name, text in (shards.index() | texts).items():
-            new.file(name).write_text(text, encoding="utf-8")
+    folder, converted = Path(folder), _converted(arrays, table, kind, requantize)
+
+    def write() -> None:
+        texts = _texts(model, experts, generation)
+        with _NewFolder(folder) as new, _Shards(new, specs, max_shard_bytes) as shards:
+            total = sum(spec.num_bytes for spec in specs.values())
+            with Progress("writing", total, progress) as bar:
+                for entry, first_row, rows in converted:
+                    shards.write(entry.key, first_row, rows)
+                    bar.advance(rows.nbytes)
+            for name, text in (shards.index() | texts).items():
+                new.file(name).write_text(text, encoding="utf-8")
+
+    if model.placement and model.placement.mesh.is_multi_process:
+        _in_one_process(write, converted)
+    else:
+        write()
     return folder
+
+
+def _in_one_process(write: Callable[[], None], rows: Iterator) -> None:
+    """Write in the first of several processes, while all of them make the rows together.
+
+    None returns before the rest. Rows that could not be written are made nevertheless: the others
+    wait for every one of them.
+    """
+    problem, left = None, functools.partial(_use_up, rows)
+    for step in (write, left) if jax.process_index() == 0 else (left,):
+        try:
+            step()
+        except Exception as error:
+            problem = problem or error
+    fine = multihost_utils.process_allgather(np.array(problem is None))
+    if problem:
+        raise problem
+    if not fine.all():
+        raise CheckpointError(
+            f"folder: process {np.argmin(fine)} could not write it; its own message says why"
+        )
+
+
+def _use_up(rows: Iterator) -> None:
+    for _ in rows:
+        pass
 
 
 def _check_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> None:
@@ -211,10 +248,7 @@ class _Shards:
 
 
 def _texts(
-    model: Transformer,
-    specs: Mapping[str, Spec],
-    experts: str,
-    generation: Mapping[str, Any] | None,
+    model: Transformer, experts: str, generation: Mapping[str, Any] | None
 ) -> dict[str, str]:
     """The text files: the config, and what goes along."""
     texts = {}

@@ -42,7 +42,8 @@ class Fingerprint:
 def fingerprint(source: Transformer | str | Path, *, progress: bool | None = None) -> Fingerprint:
     """The fingerprint of a model, or of a checkpoint folder without loading it.
 
-    Reads every byte: about a second per GB.
+    Reads every byte: about a second per GB. Where several processes hold a model, all of them must
+    ask for it.
     """
     if isinstance(source, Transformer):
         lines = _model_lines(source, progress)
@@ -65,7 +66,7 @@ def _folder_lines(path: str | Path, progress: bool | None) -> Iterator[str]:
     checkpoint = open_checkpoint(path)
     with Progress("hashing", checkpoint.num_bytes, progress) as bar:
         for name in sorted(checkpoint.entries, key=checkpoint.place):
-            rows = (checkpoint.read(name, *run) for run in checkpoint.pieces(name))
+            rows = (checkpoint.read(name, piece) for piece in checkpoint.pieces(name))
             shape = checkpoint.entries[name].shape
             yield _line(name, checkpoint.dtype(name), shape, rows, bar)
 

@@ -1,33 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint folder -> a model, piece by piece, with nothing random and no second copy.
 
-Each array is filled in host memory from pieces of a few megabytes and then handed to the device; on
-CPU the device takes that memory over. names.py says what is where, checkpoint.py reads it. The
-door to sharding is `_fill`: a process that owns some rows of an array needs no others.
+Each array is filled in host memory from pieces of a few megabytes and then handed to the devices;
+on CPU they take that memory over. On a mesh a process reads what its own devices hold, and reads it
+once. names.py says what is where, checkpoint.py reads it, shards.py puts it on devices.
 """
 
-import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Format, Layout
-from jax.sharding import SingleDeviceSharding
+from jax.experimental.layout import Layout
+from jax.sharding import Mesh
 from jaxtyping import Shaped, UInt8
 
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.device import target
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import Mxfp4, pack, unpack
-from gptoss_jax.weights.checkpoint import Checkpoint, open_checkpoint
-from gptoss_jax.weights.names import entries
+from gptoss_jax.sharding import Placement, placement
+from gptoss_jax.weights.checkpoint import Checkpoint, Piece, open_checkpoint
+from gptoss_jax.weights.names import Entry, entries
 from gptoss_jax.weights.progress import Progress
 from gptoss_jax.weights.safetensors_file import CheckpointError
-from gptoss_jax.weights.tree import arrays_of, byte_orders, with_arrays
+from gptoss_jax.weights.shards import Box, Shards, needed_boxes
+from gptoss_jax.weights.tree import arrangements, wanted, with_arrays
 
 Rows = Shaped[np.ndarray, "..."]
 
@@ -37,6 +38,8 @@ def load(
     *,
     experts: str = "packed",
     dtype: Any = None,
+    mesh: Any = None,
+    rules: Mapping[str, Sequence[str]] | None = None,
     progress: bool | None = None,
 ) -> Transformer:
     """The model in a checkpoint folder of any layout: Hugging Face, `original/`, or BF16 experts.
@@ -44,22 +47,49 @@ def load(
     `experts="packed"` keeps the published MXFP4 bytes; a checkpoint with BF16 experts is packed if
     that loses nothing, and refused otherwise. `experts="bf16"` holds plain arrays of `dtype`.
     `dtype` is "bfloat16" or "float32" for everything that is not packed; None means bfloat16 on
-    accelerators and float32 on CPU. `progress` None shows a bar on a terminal if the load is long.
+    accelerators and float32 on CPU. `mesh`, a Mesh or a Placement, splits the model over devices,
+    as `place` does and by the same `rules`. `progress` None shows a bar on a terminal if the load
+    is long.
     Raises CheckpointError or ConfigError, both ValueErrors, that list everything that is wrong.
     """
     if experts not in ("packed", "bf16"):
         raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
+    _check_mesh(mesh, rules)
     kind = parameter_dtype(dtype)
     checkpoint = open_checkpoint(path)
-    abstract = abstract_model(checkpoint, experts=experts, dtype=kind)
+    where = _placed(mesh, checkpoint.config, experts, rules)
+    abstract = abstract_model(checkpoint, experts=experts, dtype=kind, where=where)
+    steps = list(_steps(checkpoint, wanted(abstract)))
     arrays = {}
-    with Progress("loading", checkpoint.num_bytes, progress) as bar:
-        for values in _read_all(checkpoint, arrays_of(abstract), byte_orders(abstract), bar):
+    with Progress("loading", sum(step.num_bytes(checkpoint) for step in steps), progress) as bar:
+        for values in _read_all(checkpoint, steps, arrangements(abstract), bar):
             arrays |= values
-        assert bar.done == checkpoint.num_bytes, "bytes were left out or read twice"
+        assert bar.done == bar.num_bytes, "bytes were left out or read twice"
     model = with_arrays(abstract, arrays)
     model.origin = str(Path(path).absolute())
     return model
+
+
+def _check_mesh(mesh: Any, rules: Any) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh | Placement):
+        raise ValueError(
+            f"mesh: expected a mesh of devices, got {mesh!r}; "
+            "gptoss_jax.make_mesh(expert=4, tensor=2) makes one"
+        )
+    if rules and not isinstance(mesh, Mesh):
+        got = "no mesh" if mesh is None else "a placement, which has its own"
+        raise ValueError(f"rules: expected a mesh that they are for, got {got}; give mesh=, too")
+
+
+def _placed(
+    mesh: Mesh | Placement | None,
+    config: ModelConfig,
+    experts: str,
+    rules: Mapping[str, Sequence[str]] | None,
+) -> Placement | None:
+    if isinstance(mesh, Mesh):
+        return placement(mesh, config, packed=experts == "packed", rules=rules)
+    return mesh
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
@@ -84,74 +114,102 @@ def _known_dtype(dtype: Any) -> np.dtype | None:
         return None
 
 
-def abstract_model(checkpoint: Checkpoint, *, experts: str, dtype: np.dtype) -> Transformer:
+def abstract_model(
+    checkpoint: Checkpoint, *, experts: str, dtype: np.dtype, where: Placement | None
+) -> Transformer:
     """The module tree with shapes for arrays."""
     entries(checkpoint.config, "hf" if experts == "packed" else "bf16")  # can it be packed at all?
-    return nnx.eval_shape(
-        lambda: Transformer(checkpoint.config, rngs=nnx.Rngs(0), dtype=dtype, experts=experts)
-    )
+    kinds = {"dtype": dtype, "experts": experts, "placement": where}
+    return nnx.eval_shape(lambda: Transformer(checkpoint.config, rngs=nnx.Rngs(0), **kinds))
 
 
-def _read_all(
-    checkpoint: Checkpoint, wanted: dict, orders: dict[str, str], bar: Progress
-) -> Iterator[dict]:
-    """The arrays in the order of the files: each one of `wanted`, once, from bytes read once.
+class _Step(NamedTuple):
+    """One array of the checkpoint on its way to the model, or the blocks and scales of one."""
 
-    Bytes of experts go to the device as published and are put in their order there.
-    """
-    kernels = {name.removesuffix(".blocks") for name in wanted if name.endswith(".blocks")}
-    missing = dict(wanted)
+    stem: str  # the name in the model, without `.blocks`
+    sources: tuple[str, ...]  # in the checkpoint
+    targets: Mapping[str, jax.ShapeDtypeStruct]  # in the model
+    pieces: tuple[Piece, ...]  # of each source
+
+    def num_bytes(self, checkpoint: Checkpoint) -> int:
+        return sum(self.piece_bytes(checkpoint, piece) for piece in self.pieces)
+
+    def piece_bytes(self, checkpoint: Checkpoint, piece: Piece) -> int:
+        return sum(checkpoint.num_bytes_of(source, piece) for source in self.sources)
+
+
+def _steps(checkpoint: Checkpoint, missing: dict[str, jax.ShapeDtypeStruct]) -> Iterator[_Step]:
+    """Everything `missing`, once, in the order of the files."""
     for name in sorted(checkpoint.entries, key=checkpoint.place):
         if name.endswith(".scales"):
             continue  # read with its blocks
         stem = name.removesuffix(".blocks")
-        if stem in kernels:
-            targets = [f"{stem}.blocks", f"{stem}.scales"]
-        else:
-            targets = [stem]
-        read = _reader(checkpoint, name, packed=stem in kernels)
-        arrays = _fill({t: missing.pop(t) for t in targets}, read, checkpoint.pieces(name), bar)
-        if orders.get(stem, "published") != "published":
-            bytes_ = _arrange(Mxfp4(*(arrays[target] for target in targets)), orders[stem])
-            arrays = dict(zip(targets, (bytes_.blocks, bytes_.scales), strict=True))
-            jax.block_until_ready(arrays)
-        yield arrays
+        members = [f"{stem}.blocks", f"{stem}.scales"]
+        names = members if members[0] in missing else [stem]
+        targets = {target: missing.pop(target) for target in names}
+        needed = needed_boxes(targets[names[0]], checkpoint.entries[name].shape)
+        sources = (stem,) if name == stem else tuple(members)
+        yield _Step(stem, sources, targets, tuple(checkpoint.pieces(name, needed)))
     assert not missing, f"the table lacks {sorted(missing)}"
 
 
-def _reader(checkpoint: Checkpoint, name: str, *, packed: bool):
-    """A function from a run of rows to those rows of each target, and the bytes read for them."""
-    if not name.endswith(".blocks"):
-        return functools.partial(_read_packing if packed else _read_plain, checkpoint, name)
-    stem = name.removesuffix(".blocks")
-    return functools.partial(_read_packed if packed else _read_unpacking, checkpoint, stem)
+def _read_all(
+    checkpoint: Checkpoint, steps: Sequence[_Step], arrange: Mapping, bar: Progress
+) -> Iterator[dict[str, jax.Array]]:
+    """The arrays of one step after another, from bytes read once.
+
+    Bytes of experts go to the devices as published and are put in their order there.
+    """
+    for step in steps:
+        arrays = _fill(checkpoint, step, bar)
+        if step.stem in arrange:
+            members = arrange[step.stem](*arrays.values())
+            arrays = jax.block_until_ready(dict(zip(step.targets, members, strict=True)))
+        yield arrays
 
 
-def _read_plain(checkpoint: Checkpoint, name: str, start: int, stop: int):
-    rows = checkpoint.read(name, start, stop)
-    return (rows,), rows.nbytes
+def _fill(checkpoint: Checkpoint, step: _Step, bar: Progress) -> dict[str, jax.Array]:
+    """Read what this process's devices hold of the step's arrays, and give it to them."""
+    shards = {name: Shards(like) for name, like in step.targets.items()}
+    entry = checkpoint.entries[step.sources[0]]
+    for piece in step.pieces:
+        parts = _converted(step, [checkpoint.read(source, piece) for source in step.sources])
+        for into, part in zip(shards.values(), parts, strict=True):
+            into.put(_box(entry, piece, into.like.shape), part)
+        bar.advance(step.piece_bytes(checkpoint, piece))
+    arrays = {name: filled.array(_layout(name)) for name, filled in shards.items()}
+    return jax.block_until_ready(arrays)  # or several buffers would wait for a slow device
 
 
-def _read_packed(checkpoint: Checkpoint, stem: str, start: int, stop: int):
-    blocks = checkpoint.read(f"{stem}.blocks", start, stop)
-    scales = checkpoint.read(f"{stem}.scales", start, stop)
-    return (blocks, scales), blocks.nbytes + scales.nbytes
+def _box(entry: Entry, piece: Piece, shape: tuple[int, ...]) -> Box:
+    """Which part of an array of the model, of that shape, a piece of its source becomes."""
+    box = [piece.rows, *((0, size) for size in shape[1:])]
+    if entry.column_axis is not None and piece.columns is not None:
+        size, whole = shape[entry.column_axis], entry.shape[entry.column_axis]
+        start, stop = piece.columns
+        box[entry.column_axis] = (start * size // whole, stop * size // whole)
+    return tuple(box)
 
 
-def _read_unpacking(checkpoint: Checkpoint, stem: str, start: int, stop: int):
-    (blocks, scales), num_bytes = _read_packed(checkpoint, stem, start, stop)
-    return (unpack_rows(blocks, scales),), num_bytes
-
-
-def _read_packing(checkpoint: Checkpoint, name: str, start: int, stop: int):
-    values = checkpoint.read(name, start, stop)
+def _converted(step: _Step, parts: list[Rows]) -> Sequence[Rows]:
+    """What is in the checkpoint as it is in the model: packed, unpacked, or as it is."""
+    if len(parts) == len(step.targets):
+        return parts
+    if len(parts) == 2:
+        return [unpack_rows(*parts)]
     try:
-        return pack_rows(name, values), values.nbytes
+        return pack_rows(step.stem, *parts)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; load it with experts='bf16'") from None
 
 
-_arrange = jax.jit(Mxfp4.arranged, static_argnums=1)  # sizes differ: nothing to donate
+def _layout(name: str) -> Layout | None:
+    """Row after row for the embedding: a TPU would rather lay it out column after column, which
+    wastes less, and then copy all of it, 1.1 GiB, whenever rows are looked up."""
+    by_rows = name == "embed" and target().platform == "tpu"
+    return Layout(major_to_minor=(0, 1)) if by_rows else None
+
+
 _pack = jax.jit(pack)
 _unpack = jax.jit(unpack, static_argnums=1)
 
@@ -176,31 +234,3 @@ def pack_rows(
             "first looked at that it would round"
         )
     return np.asarray(packed.blocks), np.asarray(packed.scales)
-
-
-def _fill(targets: dict, read, runs: Iterator[tuple[int, int]], bar: Progress) -> dict:
-    """Read runs of rows into arrays of the targets' shapes and dtypes, on the default device."""
-    buffers = {name: aligned_empty(like.shape, like.dtype) for name, like in targets.items()}
-    for start, stop in runs:
-        rows, num_bytes = read(start, stop)
-        for buffer, part in zip(buffers.values(), rows, strict=True):
-            buffer[start:stop] = part  # casts floats to the buffer's dtype
-        bar.advance(num_bytes)
-    arrays = {name: jax.device_put(buffer, _format(name)) for name, buffer in buffers.items()}
-    return jax.block_until_ready(arrays)  # or several buffers would wait for a slow device
-
-
-def _format(name: str) -> Format | None:
-    """Row after row for the embedding: a TPU would rather lay it out column after column, which
-    wastes less, and then copy all of it, 1.1 GiB, whenever rows are looked up."""
-    if name != "embed" or target().platform != "tpu":
-        return None
-    return Format(Layout(major_to_minor=(0, 1)), SingleDeviceSharding(jax.devices()[0]))
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
-    """Memory that jax takes over on CPU instead of copying it: it starts at a multiple of 64."""
-    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(num_bytes + 64, np.uint8)
-    offset = -raw.ctypes.data % 64
-    return raw[offset : offset + num_bytes].view(dtype).reshape(shape)

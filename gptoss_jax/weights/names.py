@@ -73,6 +73,7 @@ _INVERSES = {
     transpose: transpose,
     transpose_deinterleave: interleave_transpose,
 }
+_COLUMNS = {deinterleave: 2, transpose: 2, transpose_deinterleave: 3}  # see Entry.column_axis
 
 
 class _Part(NamedTuple):
@@ -187,16 +188,26 @@ class Entry(NamedTuple):
     first_row: int  # where this array's rows begin in the tensor on disk
     num_rows: int  # how many rows on disk it has
     step: Callable
+    column_axis: int | None  # which axis of the model's array is the second on disk
 
     def rows_on_disk(self, start: int, stop: int) -> tuple[int, int]:
         """The rows on disk that hold rows `start` to `stop` of the model's array."""
         each = self.num_rows // self.shape[0]
         return self.first_row + start * each, self.first_row + stop * each
 
+    def columns_on_disk(self, start: int, stop: int) -> tuple[int, int]:
+        """The part of each row on disk that holds `start` to `stop` of the column axis."""
+        assert self.column_axis is not None
+        each = self.published.shape[1] // self.shape[self.column_axis]
+        return start * each, stop * each
+
     def to_model(self, rows: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Rows read from disk, as the model has them (often a view)."""
-        count = len(rows) * self.shape[0] // self.num_rows
-        return self.step(rows, (count, *self.shape[1:]))
+        """Rows read from disk, or columns of them, as the model has them (often a view)."""
+        shape = [len(rows) * self.shape[0] // self.num_rows, *self.shape[1:]]
+        if self.column_axis is not None:
+            whole = self.shape[self.column_axis]
+            shape[self.column_axis] = rows.shape[1] * whole // self.published.shape[1]
+        return self.step(rows, tuple(shape))
 
     def to_disk(self, rows: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Rows of the model's array, as they are on disk: the inverse of `to_model`."""
@@ -251,7 +262,13 @@ def _entry(row: _Row, ours: str, theirs: str, layout: str, sizes: dict[str, int]
         first_row=_size(part.first, sizes),
         num_rows=_size(own_rows, sizes),
         step=row.step,
+        column_axis=_column_axis(row) if rest else None,
     )
+
+
+def _column_axis(row: _Row) -> int:
+    """Axis 1, unless the rows on disk are two axes of the model joined, or axes change places."""
+    return _COLUMNS.get(row.step, 1 + row.published.split()[0].count("*"))
 
 
 def _size(term: str, sizes: dict[str, int]) -> int:

@@ -44,11 +44,21 @@ class Tensor(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
         """Rows `start` to `stop` of the first axis, in memory of their own."""
-        dtype, rest = DTYPES[self.dtype], self.shape[1:]
-        row_bytes = math.prod(rest) * dtype.itemsize
+        row_bytes = self.num_bytes // self.shape[0]
         raw = np.empty((stop - start) * row_bytes, np.uint8)
         _read_exactly(self.file, self.start + start * row_bytes, raw)
-        return raw.view(dtype).reshape(stop - start, *rest)
+        return raw.view(DTYPES[self.dtype]).reshape(stop - start, *self.shape[1:])
+
+    def columns(
+        self, start: int, stop: int, first: int, last: int
+    ) -> Shaped[np.ndarray, "rows columns *rest"]:
+        """Of those rows `first` to `last` of the second axis; no other bytes are read."""
+        row_bytes = self.num_bytes // self.shape[0]
+        column_bytes = row_bytes // self.shape[1]
+        raw = np.empty((stop - start, (last - first) * column_bytes), np.uint8)
+        for row, into in enumerate(raw, start):
+            _read_exactly(self.file, self.start + row * row_bytes + first * column_bytes, into)
+        return raw.view(DTYPES[self.dtype]).reshape(stop - start, last - first, *self.shape[2:])
 
 
 def _read_exactly(file: Path, offset: int, into: np.ndarray) -> None:

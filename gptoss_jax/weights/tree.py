@@ -6,6 +6,7 @@ the same names as in the table of names.py, and the same shapes, however the byt
 device. Knows no files.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -16,8 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
+from gptoss_jax.model.placed import Names, member_axes, spread
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4, published_blocks, published_scales
+from gptoss_jax.sharding import Placement
+from gptoss_jax.weights.shards import rows_on_host
 
 
 class Rearranged(NamedTuple):
@@ -39,38 +43,78 @@ class Rearranged(NamedTuple):
 def _members(name: str, value: Mxfp4) -> dict[str, Any]:
     members: dict[str, Any] = {"blocks": value.blocks, "scales": value.scales}
     if value.order != "published":
-        shape, order = value.shape, value.order
-        sizes = (*shape[:-1], shape[-1] // BLOCK)
+        kind = {"order": value.order, "shape": value.shape, "pieces": value.pieces}
+        sizes = (*value.shape[:-1], value.shape[-1] // BLOCK)
         members = {
             "blocks": Rearranged(
                 value.blocks,
                 (*sizes, BLOCK // 2),
-                functools.partial(published_blocks, order=order, shape=shape),
+                functools.partial(published_blocks, **kind),
             ),
-            "scales": Rearranged(
-                value.scales, sizes, functools.partial(published_scales, order=order, shape=shape)
-            ),
+            "scales": Rearranged(value.scales, sizes, functools.partial(published_scales, **kind)),
         }
     return {f"{name}.{member}": array for member, array in members.items()}
+
+
+def _variables(model: Transformer) -> dict[str, nnx.Variable]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def arrays_of(model: Transformer) -> dict[str, Any]:
     """Every array of a model (or the shape and dtype of every array of an abstract one)."""
     arrays = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, value = ".".join(map(str, path)), variable.get_value()
-        if isinstance(value, Mxfp4):
-            arrays |= _members(name, value)
-        else:
-            arrays[name] = value
+    for name, variable in _variables(model).items():
+        value = variable.get_value()
+        arrays |= _members(name, value) if isinstance(value, Mxfp4) else {name: value}
     return arrays
 
 
-def byte_orders(model: Transformer) -> dict[str, str]:
-    """The order of bytes of every Mxfp4 in a model, by its name."""
-    flat = nnx.to_flat_state(nnx.state(model))
-    values = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
-    return {name: value.order for name, value in values.items() if isinstance(value, Mxfp4)}
+def wanted(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """What has to be found for an abstract model: its arrays, bytes as published, and where the
+    parts of each belong (sharding None: the default device)."""
+    where, axes = model.placement, {}
+    for name, variable in _variables(model).items():
+        names = variable.get_metadata("axes")
+        if isinstance(variable.get_value(), Mxfp4):
+            blocks, scales = member_axes(names, "published")
+            axes |= {f"{name}.blocks": blocks, f"{name}.scales": scales}
+        else:
+            axes[name] = names
+    return {
+        name: jax.ShapeDtypeStruct(
+            like.shape, like.dtype, sharding=where and where.sharding(*axes[name])
+        )
+        for name, like in arrays_of(model).items()
+    }
+
+
+def arrangements(model: Transformer) -> dict[str, Callable]:
+    """For each Mxfp4 of an abstract model, by its name, that is not to stay as published: what
+    brings published blocks and scales into its order."""
+    return {
+        name: _arrangement(model.placement, variable.get_metadata("axes"), value.order)
+        for name, variable in _variables(model).items()
+        if isinstance(value := variable.get_value(), Mxfp4) and value.order != "published"
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def _arrangement(where: Placement | None, axes: Names, order: str) -> Callable:
+    """Each device arranges what it holds. Sizes differ, so there is nothing to donate."""
+
+    def arranged(blocks, scales):
+        packed = Mxfp4(blocks, scales).arranged(order)
+        return packed.blocks, packed.scales
+
+    if where is None:
+        return jax.jit(arranged)
+    before, after = (
+        tuple(where.sharding(*names) for names in member_axes(axes, each))
+        for each in ("published", order)
+    )
+    run = spread(where, arranged, tuple(s.spec for s in before), tuple(s.spec for s in after))
+    return jax.jit(run, out_shardings=after)  # or jax would spell them in another way
 
 
 def with_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> Transformer:
@@ -82,7 +126,7 @@ def with_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> Transfor
         value = variable.get_value()
         if isinstance(value, Mxfp4):
             blocks, scales = (arrays[f"{name}.{member}"] for member in ("blocks", "scales"))
-            return variable.replace(Mxfp4(blocks, scales, order=value.order, outputs=value.outputs))
+            return variable.replace(dataclasses.replace(value, blocks=blocks, scales=scales))
         return variable.replace(arrays[name])
 
     flat = [(path, filled(path, variable)) for path, variable in nnx.to_flat_state(state)]
@@ -90,14 +134,10 @@ def with_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> Transfor
 
 
 def rows_of(array: "jax.Array | Rearranged", start: int, stop: int) -> Shaped[np.ndarray, "..."]:
-    """Some rows, copied to the host; bytes in the published order.
-
-    Slicing on the device first keeps jax from keeping a host copy of the whole array; a start that
-    is an argument of the compiled slice keeps it from compiling one slice per start.
-    """
+    """Some rows, copied to the host; bytes in the published order."""
     if isinstance(array, Rearranged):
-        return array.published(rows_of(array.array, start, stop))
-    return np.asarray(jax.lax.dynamic_slice_in_dim(array, start, stop - start))
+        return array.published(rows_on_host(array.array, start, stop))
+    return rows_on_host(array, start, stop)
 
 
 def is_packed(model: Transformer) -> bool:

@@ -136,6 +136,7 @@ def every_case() -> Iterator:
         yield pytest.param(mesh, batch, extra, marks=marks)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(("mesh", "batch", "extras"), list(every_case()))
 def test_any_mesh_chooses_what_one_device_chooses(mesh, batch, extras):
     rows = random_rows(BATCHES[batch], penalise="penalise" in extras, bias="bias" in extras)
@@ -150,6 +151,7 @@ def test_any_mesh_chooses_what_one_device_chooses(mesh, batch, extras):
         np.testing.assert_allclose(logprobs, expected_logprobs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("mesh", ["8", "4x2"])
 def test_of_equal_logits_the_lowest_id_wins_across_pieces(mesh):
     logits = random_logits(4)
@@ -163,6 +165,7 @@ def test_of_equal_logits_the_lowest_id_wins_across_pieces(mesh):
     assert tokens.tolist() == [0, 51, 26, logits[3].argmax()]
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("mesh", ["8", "4x2"])
 def test_ties_at_the_edge_of_top_k_go_to_the_lower_ids_across_pieces(mesh):
     logits = np.zeros((64, VOCAB), np.float32)
@@ -175,6 +178,7 @@ def test_ties_at_the_edge_of_top_k_go_to_the_lower_ids_across_pieces(mesh):
     assert set(tokens.tolist()) == {200, 25, 24, 26}
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("mesh", ["8", "4x2"])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 30}, {"top_p": 0.9}], ids=str)
 def test_a_bias_can_ban_all_tokens_but_one(mesh, settings):
@@ -213,6 +217,7 @@ def test_not_a_number_wins_as_in_argmax():
     assert np.isnan(logprobs).all()
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("mesh", MESHES)
 def test_each_piece_sees_its_own_tokens(mesh):
     sizes, seen = MESHES[mesh], random_seen()
@@ -264,6 +269,7 @@ def test_the_noise_of_some_tokens_is_that_of_all_bit_for_bit(partitionable, wide
     assert some.tobytes() == np.take_along_axis(everything, tokens, axis=1).tobytes()
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     ("kinds", "count", "whole"),
     [

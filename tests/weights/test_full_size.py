@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A random checkpoint with 20b's full shapes: it loads packed within 16 GiB and decodes.
+"""A random checkpoint with 20b's full shapes: it loads packed within 16 GiB and decodes, and loads
+onto the eight devices of a mesh.
 
 Writes 13.8 GB to the temporary folder and takes minutes, hence `slow`. Prints what it measured;
 `pytest -m slow -s -o faulthandler_timeout=1800` keeps stack traces out of the print.
@@ -59,33 +60,84 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_20b_loads_within_16_gib_and_decodes(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
+SHARDED = """
+import json, sys, time
+from gptoss_jax.sharding import make_mesh
+from gptoss_jax.weights.load import load
+from gptoss_jax.weights.tree import arrays_of
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+mesh = make_mesh(**json.loads(sys.argv[2]))
+began = time.perf_counter()
+model = load(sys.argv[1], dtype="bfloat16", mesh=mesh)
+seconds = time.perf_counter() - began
+arrays = arrays_of(model).values()
+by_device = dict.fromkeys(mesh.devices.flat, 0)
+for array in arrays:
+    for shard in array.addressable_shards:
+        by_device[shard.device] += shard.data.nbytes
+print(json.dumps({
+    "load_seconds": seconds, "load_peak_bytes": peak(),
+    "model_bytes": sum(array.nbytes for array in arrays),
+    "device_bytes": sum(by_device.values()), "largest_device_bytes": max(by_device.values()),
+}))
+"""
+LARGEST = 201088 * 2880 * 2  # bytes of the embedding
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("full")
+    free = shutil.disk_usage(root).free
     if free < NUM_BYTES + 5 * GIB:
         pytest.skip(
             f"needs {(NUM_BYTES + 5 * GIB) / GIB:.0f} GiB of disk, {free / GIB:.0f} are free"
         )
-    folder = tmp_path / "gpt-oss-20b"
     try:
-        write_checkpoint(ModelConfig.preset("20b"), folder, max_shard_bytes=4_800_000_000)
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(folder)],
-            capture_output=True,
-            text=True,
-            timeout=1800,
-            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},  # one device, as users
+        yield write_checkpoint(
+            ModelConfig.preset("20b"), root / "gpt-oss-20b", max_shard_bytes=4_800_000_000
         )
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(root / "gpt-oss-20b", ignore_errors=True)
 
+
+def measured(source: str, *arguments: str, flags: str = "") -> dict:
+    """What a script prints in an interpreter of its own; without flags it has one device, as users
+    do."""
+    done = subprocess.run(
+        [sys.executable, "-c", source, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_20b_loads_within_16_gib_and_decodes(folder):
+    found = measured(MEASURE, str(folder))
+
     assert found["model_bytes"] == NUM_BYTES
-    largest = 201088 * 2880 * 2  # the embedding
-    assert found["load_peak_bytes"] <= NUM_BYTES + 1.2 * largest
+    assert found["load_peak_bytes"] <= NUM_BYTES + 1.2 * LARGEST
     assert found["peak_bytes"] <= 16 * GIB
     assert len(set(found["tokens"])) > 1
     assert all(0 <= token < 201088 for token in found["tokens"])
+
+
+@pytest.mark.parametrize("axes", [{"expert": 8}, {"expert": 4, "tensor": 2}], ids=str)
+def test_20b_loads_onto_eight_devices(folder, axes):
+    found = measured(SHARDED, str(folder), json.dumps(axes), flags=os.environ["XLA_FLAGS"])
+
+    assert found["model_bytes"] == NUM_BYTES
+    assert found["largest_device_bytes"] <= 1.01 * NUM_BYTES / 8  # little is on all of them
+    assert found["load_peak_bytes"] <= found["device_bytes"] + 1.2 * LARGEST

@@ -12,8 +12,9 @@ import pytest
 from checkpoints import checkpoint_arrays, write_checkpoint
 from weights_by_hand import assert_same_arrays, decoded, expected_arrays
 
-from gptoss_jax.weights.load import aligned_empty, load
+from gptoss_jax.weights.load import load
 from gptoss_jax.weights.progress import Progress
+from gptoss_jax.weights.shards import aligned_empty
 from gptoss_jax.weights.tree import arrays_of
 
 LAYOUTS = ("hf", "original", "bf16")

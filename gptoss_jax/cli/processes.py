@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command run by several processes: the options, and what they compare before they begin.
+
+Every process is given the same command. The first one prints; a mistake on one ends all of them,
+with the same exit status, and each says what it was. ../distributed.py does the work.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+import tyro
+
+from gptoss_jax.cli import output
+from gptoss_jax.cli.values import Count, Flag, Text
+
+T = TypeVar("T")
+
+Seconds = Annotated[float, tyro.conf.arg(metavar="SECONDS")]
+
+
+@dataclass(kw_only=True)
+class OfProcesses:
+    """Where the other processes are, if this is one of several."""
+
+    distributed: Flag = False
+    """One of several processes, which Slurm, Open MPI, Kubernetes or a TPU pod has started."""
+    coordinator: Text = None
+    """host:port of process 0, where nothing of that kind has; and the next two."""
+    num_processes: Count = None
+    """How many processes there are."""
+    process_id: Count = None
+    """Which one this is, from 0."""
+    connect_timeout: Seconds = 60.0
+    """How long to wait for the others."""
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other processes."""
+        by_hand = (self.coordinator, self.num_processes, self.process_id)
+        return self.distributed or by_hand != (None, None, None)
+
+    def join(self) -> None:
+        """Meet the other processes; to be called before anything asks jax for devices."""
+        if not self.several:
+            return
+        from gptoss_jax import distributed
+
+        distributed.initialize(
+            coordinator=self.coordinator,
+            num_processes=self.num_processes,
+            process_id=self.process_id,
+            timeout=self.connect_timeout,
+        )
+        output.keep_stdout()
+        if not distributed.is_first():
+            output.be_silent()
+
+    def together(self, action: Callable[[], T], what: str) -> T:
+        """Do it, and fail if any process does."""
+        if not self.several:
+            return action()
+        from gptoss_jax import distributed
+
+        return distributed.together(action, what)
+
+    def agree(self, what: str, facts: Callable[[], dict[str, object]]) -> None:
+        """Fail unless the facts, if anyone needs them, are the same on all processes."""
+        if not self.several:
+            return
+        from gptoss_jax import distributed
+
+        lines = (f"{name}: {value}" for name, value in self.together(facts, what).items())
+        distributed.agree(what, "\n".join(lines))
+
+
+def leave(status: int) -> None:
+    """Before a failed command ends: do not wait long for processes that wait for this one."""
+    module = sys.modules.get("gptoss_jax.distributed")  # jax takes long to import, and for nothing
+    if status and module and sys.modules["jax"].distributed.is_initialized():
+        module.leave_soon(status)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mesh that is written down: `expert=4,tensor=2`, or a TOML file with [mesh] and [rules].
+
+[mesh] has the sizes of sharding.MESH_AXES, [rules] the lines of sharding.RULES that are to be
+different, each a list of mesh axes. configs/mesh/ has such files. Touches no device before `mesh`.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gptoss_jax.sharding import MESH_AXES, RULES, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenMesh:
+    """What was written, found to be names and numbers of the right kind."""
+
+    sizes: Mapping[str, int]
+    rules: Mapping[str, tuple[str, ...]]
+
+    def mesh(self) -> Mesh:
+        """On the devices that are there. Raises ValueError if they do not suffice."""
+        sizes: dict[str, Any] = dict(self.sizes)
+        return make_mesh(**sizes)
+
+
+def read_mesh(text: str | Path) -> WrittenMesh:
+    """Axis sizes in a line, or the path of a TOML file.
+
+    Raises ValueError with everything that is wrong, and the nearest name for one that is unknown.
+    """
+    if isinstance(text, str) and "=" in text:
+        tables = {"mesh": _pairs(text)}
+    else:
+        tables = _file(Path(text))
+    problems = list(_problems(tables))
+    if problems:
+        raise ValueError(f"mesh: {text}: " + "; ".join(problems))
+    rules = {name: tuple(axes) for name, axes in tables.get("rules", {}).items()}
+    return WrittenMesh(tables["mesh"], rules)
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    for pair in text.split(","):
+        axis, _, number = (part.strip() for part in pair.partition("="))
+        if axis in sizes:
+            raise ValueError(f"mesh: {text}: expected each axis once, got {axis} again")
+        sizes[axis] = int(number) if number.isdecimal() else number
+    return sizes
+
+
+def _file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(
+            "mesh: expected axes and sizes, as expert=4,tensor=2, or a TOML file, got "
+            f"{str(path)!r}, which is neither"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"mesh: {path}: expected TOML, got {error}") from None
+
+
+def _problems(tables: Mapping[str, Any]) -> Iterator[str]:
+    yield from _unknown("", tables, ("mesh", "rules"))
+    if "mesh" not in tables:
+        yield "mesh: missing; it has the size of each axis"
+    for table, known in (("mesh", MESH_AXES), ("rules", RULES)):
+        fields = tables.get(table, {})
+        if not isinstance(fields, dict):
+            yield f"{table}: expected a table, got {fields!r}"
+            continue
+        yield from _unknown(f"{table}.", fields, known)
+        check = _wrong_size if table == "mesh" else _wrong_axes
+        for key in (key for key in fields if key in known):
+            yield from (f"{table}.{key}: {problem}" for problem in check(fields[key]))
+
+
+def _unknown(where: str, fields: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
+    for key in (key for key in fields if key not in known):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        yield f"{where}{key or repr(key)}: unknown key ({hint})"
+
+
+def _wrong_size(size: Any) -> Iterator[str]:
+    if type(size) is not int or size < 1:
+        yield f"expected a whole number of devices, at least 1, got {size!r}"
+
+
+def _wrong_axes(axes: Any) -> Iterator[str]:
+    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+        yield f'expected a list of mesh axes, as ["expert", "tensor"], got {axes!r}'
+    else:
+        yield from _unknown("", dict.fromkeys(axes), MESH_AXES)
