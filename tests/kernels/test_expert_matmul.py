@@ -38,7 +38,9 @@ def selected(case: cases.Case, dtype: str, kind: str) -> bool:
 
 def marks(case: cases.Case, dtype: str, kind: str, name: str) -> tuple:
     """Interpreters are slow: two cases are always run through them, the others on demand."""
-    always = name == "xla" or (case.name in CHEAP and (dtype, kind) == ("bfloat16", "packed"))
+    if name == "xla":
+        return (pytest.mark.mesh,) if case.here and case.name not in CHEAP else ()
+    always = case.name in CHEAP and (dtype, kind) == ("bfloat16", "packed")
     return () if always else (pytest.mark.interpreter,)
 
 
@@ -275,6 +277,7 @@ def one_hot_program(implementation: str):
     return jax.jit(functools.partial(expert_mlp, **options))
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("name", ["in steps", "one row"])
 @pytest.mark.parametrize(
     ("devices", "kind"), [(2, "plain"), (5, "plain"), (10, "plain"), (5, "packed")]
@@ -299,6 +302,7 @@ def test_devices_with_some_experts_add_up_to_one_with_all(devices, kind, name):
         np.testing.assert_allclose(found, whole, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("name", ["in steps", "one row"])
 def test_experts_divided_among_the_devices_of_a_mesh(name):
     inputs = cases.make_inputs(named(name))

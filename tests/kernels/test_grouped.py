@@ -134,7 +134,13 @@ def test_a_few_pairs_have_a_tile_each():
     assert groups.used.tolist() == [4]
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.mesh] if case.here else [])
+        for case in cases.CASES
+    ],
+)
 def test_gradients_of_everything_by_the_chain_rule(case):
     inputs = cases.make_inputs(case)
     flat = {name: getattr(inputs, name).reshape(-1, getattr(inputs, name).shape[-1])

@@ -75,6 +75,7 @@ def assert_same_shards(got, expected) -> None:
             assert np.asarray(mine.data).tobytes() == np.asarray(other.data).tobytes(), name
 
 
+@pytest.mark.mesh
 @meshes
 @pytest.mark.parametrize("experts", ["packed", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,6 +88,7 @@ def test_every_part_is_where_place_puts_it(folders, plain, layout, experts, axes
     assert_same_shards(model, place(plain[layout, experts], mesh))
 
 
+@pytest.mark.mesh
 @meshes
 def test_a_model_on_a_mesh_comes_back_to_the_byte(small, folders, plain, tmp_path, axes):
     model = load(folders["original"], dtype="bfloat16", mesh=make_mesh(**axes))
@@ -100,6 +102,7 @@ def test_a_model_on_a_mesh_comes_back_to_the_byte(small, folders, plain, tmp_pat
         assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("axes", [{"tensor": 2, "data": 4}, {"fsdp": 8}], ids=str)
 def test_unpacked_experts_on_a_mesh_come_back(small, folders, tmp_path, axes):
     model = load(folders["hf"], experts="bf16", dtype="bfloat16", mesh=make_mesh(**axes))
@@ -109,6 +112,7 @@ def test_unpacked_experts_on_a_mesh_come_back(small, folders, tmp_path, axes):
     assert_same_bytes(stored(folder), checkpoint_arrays(small, layout="bf16"))
 
 
+@pytest.mark.mesh
 @meshes
 @pytest.mark.parametrize("order", ["scales_last", "inputs_first"])
 def test_each_device_arranges_its_own_bytes(folders, plain, tmp_path, monkeypatch, order, axes):
@@ -253,6 +257,7 @@ def assert_read(folder, config, layout, reads, needed) -> None:
         np.testing.assert_array_equal(times, np.repeat(expected.reshape(-1), each), key)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("experts", ["packed", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_process_reads_what_its_devices_hold(
@@ -277,6 +282,7 @@ def assert_parts(found, model) -> None:
             assert part.tobytes() == np.asarray(arrays[name])[index].tobytes(), name
 
 
+@pytest.mark.mesh
 def test_parts_of_rows_that_are_short_are_not_worth_a_read(small, folders, reads, process_of):
     mesh = make_mesh(expert=4, tensor=2)
 
@@ -287,6 +293,7 @@ def test_parts_of_rows_that_are_short_are_not_worth_a_read(small, folders, reads
     assert_read(folders["hf"], small, "hf", reads, EXPERTS_4_TENSOR_2["hf"] | whole)
 
 
+@pytest.mark.mesh
 def test_where_fsdp_keeps_parts_a_process_reads_its_own(
     small, folders, plain, reads, process_of, monkeypatch
 ):
@@ -303,6 +310,7 @@ def test_where_fsdp_keeps_parts_a_process_reads_its_own(
     assert_parts(found, plain["hf", "packed"])
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("run", [1, 64 << 10])
 @meshes
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -379,6 +387,7 @@ def wide_folder(sharded_config, tmp_path_factory):
     return write_checkpoint(wide, tmp_path_factory.mktemp("wide"))
 
 
+@pytest.mark.mesh
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize(
     ("experts", "axes"),
@@ -443,6 +452,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.mesh
 def test_two_processes_load_and_write_one_model(small, folders, tmp_path):
     address, paths = f"127.0.0.1:{free_port()}", [str(folders["hf"]), str(tmp_path / "copy")]
     done = run_processes([["-c", WORKER, address, str(rank), *paths] for rank in range(2)])

@@ -40,6 +40,7 @@ def placed(spec, explicit, dtype):
     return values, jax.device_put(values, jax.NamedSharding(mesh, spec))
 
 
+@pytest.mark.mesh
 @dtypes
 @kinds
 @specs
@@ -52,6 +53,7 @@ def test_rows_come_back_to_the_bit(spec, explicit, dtype):
         assert rows.tobytes() == values[start:stop].tobytes()
 
 
+@pytest.mark.mesh
 @dtypes
 @kinds
 @specs

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays -> a folder that Orbax writes, and back, on as many devices as there are then.
+
+Every array has a name, its path with dots: `params.blocks.0.attn.q.kernel`. Names, shapes and
+dtypes are what a checkpoint promises; how arrays were split over devices, and in which order these
+had MXFP4 bytes, is not kept. All processes save and restore together, in one folder that all of
+them see. Knows no model; the published files of one are the business of weights/.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from gptoss_jax.distributed import together
+from gptoss_jax.mxfp4 import BLOCK, Mxfp4
+
+T = TypeVar("T")
+
+
+def save(folder: str | Path, state: Any) -> None:
+    """Write the arrays of a pytree (a model, moments, a dictionary of such) to a new folder.
+
+    The folder appears when it is complete. Raises ValueError if there is one already, or if an
+    array of several processes' run is on one of them alone.
+    """
+    folder = Path(folder).absolute()
+    arrays = _stored(_values(state), _published)
+    together(lambda: _check_save(folder, arrays), f"save to {folder}")
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.StandardSave(arrays))
+
+
+def restore(folder: str | Path, like: T) -> T:
+    """A pytree like this one with the arrays that were saved, each where that of `like` lies.
+
+    `like` holds arrays or jax.ShapeDtypeStructs with shardings; without one an array goes to the
+    first device. Raises ValueError with everything that is missing, unknown or of another kind.
+    """
+    folder = Path(folder).absolute()
+    values = _values(like)
+    wanted = {name: _struct(x) for name, x in _stored(values, _published_structs).items()}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        together(lambda: _check_restore(folder, checkpointer, wanted), f"restore from {folder}")
+        arrays = checkpointer.restore(folder, args=ocp.args.StandardRestore(wanted))
+    return _with_values(like, {name: _restored(name, values[name], arrays) for name in values})
+
+
+def _struct(like: Any) -> jax.ShapeDtypeStruct:
+    """What Orbax is asked for; without a sharding it would take the one at the time of saving."""
+    lies = like.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=lies)
+
+
+def _check_save(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
+    if folder.exists():
+        raise ValueError(f"folder: expected a new one, got {folder}, which exists; choose another")
+    local = [name for name, array in arrays.items() if array.is_fully_addressable]
+    if local and jax.process_count() > 1:
+        raise ValueError(
+            f"state: expected arrays of all processes, got {', '.join(local)} on each by itself; "
+            "put them on a mesh of all devices"
+        )
+
+
+def _check_restore(folder: Path, checkpointer: ocp.Checkpointer, wanted: Mapping) -> None:
+    if not (folder / "_METADATA").is_file():
+        raise ValueError(f"folder: expected a checkpoint, got {folder}, where there is none")
+    metadata: Any = checkpointer.metadata(folder).item_metadata
+    there = dict(metadata)
+    problems = [
+        f"{what} {', '.join(sorted(names))}"
+        for what, names in (("missing", wanted.keys() - there), ("unknown", there.keys() - wanted))
+        if names
+    ]
+    for name in sorted(wanted.keys() & there.keys()):
+        expected, got = _kind(wanted[name]), _kind(there[name])
+        problems += [f"{name}: expected {expected}, got {got}"] if expected != got else []
+    if problems:
+        raise ValueError(
+            f"{folder}: expected the arrays of `like`, got others: {'; '.join(problems)}; was it "
+            "saved from the same model and optimiser?"
+        )
+
+
+def _kind(array: Any) -> str:
+    return f"{jnp.dtype(array.dtype)} {list(array.shape)}"
+
+
+# A tree as values with names ---------------------------------------------------------------------
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, nnx.Variable | Mxfp4)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _values(tree: Any) -> dict[str, Any]:
+    """Arrays and Mxfp4s, or what describes them, by name."""
+    pairs, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_value)
+    values = {
+        _name(path): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in pairs
+    }
+    strange = [
+        f"{name} of {type(value).__name__}"
+        for name, value in values.items()
+        if not isinstance(value, jax.Array | jax.ShapeDtypeStruct | Mxfp4)
+    ]
+    if strange:
+        raise ValueError(f"state: expected arrays of jax alone, got {', '.join(strange)}")
+    assert len(values) == len(pairs), "two paths have one name: is there a dot in a key?"
+    return values
+
+
+def _with_values(tree: T, values: Mapping[str, Any]) -> T:
+    def filled(path, leaf):
+        value = values[_name(path)]
+        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+    return jax.tree.map_with_path(filled, tree, is_leaf=_is_value)
+
+
+def _stored(values: Mapping[str, Any], members: Callable[[Mxfp4], tuple]) -> dict[str, Any]:
+    """By the names in the folder, where an Mxfp4 is two arrays: its `members`."""
+    stored = {}
+    for name, value in values.items():
+        if isinstance(value, Mxfp4):
+            stored |= zip((f"{name}.blocks", f"{name}.scales"), members(value), strict=True)
+        else:
+            stored[name] = value
+    return stored
+
+
+def _restored(name: str, like: Any, arrays: Mapping[str, jax.Array]) -> Any:
+    if not isinstance(like, Mxfp4):
+        return arrays[name]
+    members = arrays[f"{name}.blocks"], arrays[f"{name}.scales"]
+    blocks, scales = _rearrangement(_published_bytes(like), _bytes(like))(*members)
+    return dataclasses.replace(like, blocks=blocks, scales=scales)
+
+
+# The bytes of an Mxfp4 ---------------------------------------------------------------------------
+
+
+class _Bytes(NamedTuple):
+    """Where blocks and scales lie, and what a device knows of its own part of them."""
+
+    shardings: tuple[Any, Any]  # of blocks and scales; None is the first device
+    order: str = "published"
+    outputs: int | None = None
+    pieces: tuple[int, int] = (1, 1)
+
+
+def _bytes(value: Mxfp4) -> _Bytes:
+    shardings = value.blocks.sharding, value.scales.sharding
+    if value.order != "inputs_first":
+        return _Bytes(shardings, value.order)
+    _, scales = _published_structs(value)
+    part = scales.sharding.shard_shape(scales.shape) if scales.sharding else scales.shape
+    over = [whole // own for whole, own in zip(scales.shape[-2:], part[-2:], strict=True)]
+    pieces = tuple(count // devices for count, devices in zip(value.pieces, over, strict=True))
+    assert all(pieces), "a device has a part of a piece"
+    return _Bytes(shardings, value.order, value.outputs and value.outputs // over[0], pieces)
+
+
+def _published_bytes(value: Mxfp4) -> _Bytes:
+    """The same tensor on the same devices, as published."""
+    here = value.scales.sharding
+    if not isinstance(here, NamedSharding):
+        return _Bytes((here, here))
+    spec = (*here.spec, *(None for _ in value.scales.shape[len(here.spec) :]))
+    if value.order != "published":
+        spec = (*spec[:-2], spec[-1], spec[-2])
+    blocks, scales = (PartitionSpec(*names) for names in ((*spec, None), spec))
+    return _Bytes((NamedSharding(here.mesh, blocks), NamedSharding(here.mesh, scales)))
+
+
+def _published_structs(value: Mxfp4) -> tuple[jax.ShapeDtypeStruct, ...]:
+    *lead, width = value.shape
+    scales = (*lead, width // BLOCK)
+    shapes = (*scales, BLOCK // 2), scales
+    return tuple(
+        jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)
+        for shape, sharding in zip(shapes, _published_bytes(value).shardings, strict=True)
+    )
+
+
+def _published(value: Mxfp4) -> tuple[jax.Array, jax.Array]:
+    return _rearrangement(_bytes(value), _published_bytes(value))(value.blocks, value.scales)
+
+
+@functools.lru_cache(maxsize=16)
+def _rearrangement(before: _Bytes, after: _Bytes) -> Callable:
+    """Blocks and scales in another order; each device rearranges what it holds."""
+    if before.order == after.order:
+        return lambda blocks, scales: (blocks, scales)
+
+    def run(blocks, scales):
+        here = Mxfp4(blocks, scales, before.order, before.outputs, before.pieces)
+        there = here.arranged(after.order, after.pieces)
+        return there.blocks, there.scales
+
+    if not isinstance(before.shardings[0], NamedSharding):
+        return jax.jit(run)
+    inputs, output = (tuple(s.spec for s in kind.shardings) for kind in (before, after))
+    mesh = before.shardings[0].mesh
+    spread = jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
+    return jax.jit(spread)
