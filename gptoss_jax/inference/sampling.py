@@ -32,7 +32,9 @@ from gptoss_jax.shapes import Array
 
 LARGEST = 1e30  # settings are float32 on the device; the rest of its range is for the logits
 SIZE = "a number in [-1e30, 1e30]"
-CANDIDATES = 1024  # a larger top-k sorts the whole vocabulary
+# How many candidates a program looks at: few sizes, so few compilations. A larger top-k than the
+# last sorts the whole vocabulary.
+CANDIDATES = (64, 1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +101,12 @@ class Steps:
         drawn = [row for row in rows if row.temperature > 0]
         dropping = [row for row in drawn if _drops(row)]
         drop = any(map(_drops, rows))
-        few = all(0 < row.top_k <= CANDIDATES for row in dropping)
-        longest = max([16, *(row.top_k for row in dropping)])
+        few = all(0 < row.top_k <= CANDIDATES[-1] for row in dropping)
+        longest = max((row.top_k for row in dropping), default=0)
         return cls(
             draw=bool(drawn),
             drop=drop,
-            most=_power_of_two(longest) if drop and few else 0,
+            most=next(n for n in CANDIDATES if n >= longest) if drop and few else 0,
             whole=len(dropping) < len(drawn),
             penalise=any(
                 row.repetition_penalty != 1 or row.presence_penalty or row.frequency_penalty

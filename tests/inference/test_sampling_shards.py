@@ -303,14 +303,14 @@ def test_what_the_devices_tell_each_other(kinds, count, whole):
     [
         (GREEDY, 0, False),
         ([{}], 0, True),
-        ([{"top_k": 3}], 16, False),
-        ([{"top_k": 16}, {"top_k": 17, "min_p": 0.1}], 32, False),
+        ([{"top_k": 3}], 64, False),
+        ([{"top_k": 64}, {"top_k": 65, "min_p": 0.1}], 1024, False),
         ([{"top_k": 1024}, {}], 1024, True),
         ([{"top_k": 1025}], 0, False),
         ([{"top_k": 3}, {"top_p": 0.9}], 0, False),
         ([{"min_p": 0.1}, {}], 0, True),
         ([{"top_k": 50}, {"temperature": 0.0, "top_p": 0.9}], 64, False),
-        ([{}, {"temperature": 0.0, "top_p": 0.9}], 16, True),  # greedy rows drop in vain
+        ([{}, {"temperature": 0.0, "top_p": 0.9}], 64, True),  # greedy rows drop in vain
     ],
 )
 def test_how_many_candidates_the_rows_need(kinds, most, whole):
