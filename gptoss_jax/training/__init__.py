@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss, an optimiser step and a loop; the bundled tiny model was made with it."""
+"""A loss, an optimiser step, a loop, and checkpoints; the bundled tiny model was made with it."""

@@ -349,6 +349,7 @@ def test_memory_of_a_ring_grows_with_what_a_device_has_and_with_nothing_else():
     assert twice < 4096 * 16384  # a byte for each pair, of one head
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("implementation", "dtype", "devices"),
     [

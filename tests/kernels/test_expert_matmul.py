@@ -37,10 +37,10 @@ def selected(case: cases.Case, dtype: str, kind: str) -> bool:
 
 
 def marks(case: cases.Case, dtype: str, kind: str, name: str) -> tuple:
-    """Interpreters are slow: two cases are always run through them, the others on demand."""
+    """Interpreters are slow: one case is always run through them, the others on demand."""
     if name == "xla":
         return (pytest.mark.mesh,) if case.here and case.name not in CHEAP else ()
-    always = case.name in CHEAP and (dtype, kind) == ("bfloat16", "packed")
+    always = case.name == CHEAP[0] and (dtype, kind) == ("bfloat16", "packed")
     return () if always else (pytest.mark.interpreter,)
 
 
