@@ -112,7 +112,7 @@ class Placement:
 
     def spec(self, *names: str | tuple[str, ...] | None) -> PartitionSpec:
         """One logical axis, several, or None for each axis of an array."""
-        entries = [self.axes(*_tuple(name)) or None for name in names]
+        entries = [self.axes(*as_names(name)) or None for name in names]
         return PartitionSpec(*(axes[0] if axes and len(axes) == 1 else axes for axes in entries))
 
     def sharding(self, *names: str | tuple[str, ...] | None) -> NamedSharding:
@@ -128,7 +128,8 @@ class Placement:
         return {name: self.axes(name) for name, _ in self.rules}
 
 
-def _tuple(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def as_names(name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The logical axes that one axis of an array stands for."""
     return name if isinstance(name, tuple) else (name,) if name else ()
 
 
@@ -181,7 +182,7 @@ def _resolve(
             choices = (rules[name],)
         else:  # ours keep out of the way of what the user wants
             choices = [tuple(axis for axis in choice if axis not in taken) for choice in choices]
-        divides = (c for c in choices if not _remainder(sizes, c, counts.get(name, ())))
+        divides = (c for c in choices if not _remainder(sizes, c, counts.get(name)))
         table[name] = next(divides, choices[-1])
     table["slots"] = table["length"]
     return table, _problems(sizes, table, counts, packed)
@@ -191,26 +192,26 @@ def _met_by(name: str) -> set[str]:
     return {other for group in _MEET if name in group for other in group} - {name}
 
 
-def _counts(config: ModelConfig, packed: bool) -> dict[str, tuple[tuple[str, int], ...]]:
+def _counts(config: ModelConfig, packed: bool) -> dict[str, tuple[str, int]]:
     """What each logical axis has to divide, and what to call it."""
     hidden = ("blocks of 32 in F", config.hidden_dim // 32) if packed else ("F", config.hidden_dim)
     return {
-        "heads": (("K key/value heads", config.num_kv_heads),),
-        "experts": (("E experts", config.num_experts),),
-        "hidden": (hidden,),
-        "vocab": (("V", config.vocab_size),),
-        "embed": (("D", config.embed_dim),),
+        "heads": ("K key/value heads", config.num_kv_heads),
+        "experts": ("E experts", config.num_experts),
+        "hidden": hidden,
+        "vocab": ("V", config.vocab_size),
+        "embed": ("D", config.embed_dim),
     }
 
 
-def _remainder(sizes: Mapping[str, int], axes: Sequence[str], counts) -> list[str]:
+def _remainder(sizes: Mapping[str, int], axes: Sequence[str], count: tuple[str, int] | None) -> str:
+    """Why something of so many does not divide by these axes; empty if it does."""
     parts = math.prod(sizes.get(axis, 1) for axis in axes)
+    if count is None or count[1] % parts == 0:
+        return ""
     over = _spelled({axis: sizes.get(axis, 1) for axis in axes})
-    return [
-        f"{count} {what} do not divide by {over}" + (f" = {parts}" if " x " in over else "")
-        for what, count in counts
-        if count % parts
-    ]
+    product = f" = {parts}" if " x " in over else ""
+    return f"{count[1]} {count[0]} do not divide by {over}{product}"
 
 
 _WHOLE_EXPERTS = " (rules experts = [expert, tensor], hidden = [] would divide whole experts)"
@@ -219,19 +220,19 @@ _WHOLE_EXPERTS = " (rules experts = [expert, tensor], hidden = [] would divide w
 def _problems(sizes, table, counts, packed: bool) -> list[str]:
     problems = []
     for name, axes in table.items():
-        hint = _WHOLE_EXPERTS if name == "hidden" else ""
-        found = _remainder(sizes, axes, counts.get(name, ()))
-        problems += [f"{name}: {problem}{hint}" for problem in found]
-    if packed:  # bytes are divided by experts, not by the blocks of D, which are 90
+        if found := _remainder(sizes, axes, counts.get(name)):
+            problems.append(f"{name}: {found}{_WHOLE_EXPERTS if name == 'hidden' else ''}")
+    if packed and not _remainder(sizes, table["experts"], counts["experts"]):
+        # Bytes are divided by experts, not by the blocks of D, which are 90.
         axes = (*table["experts"], *table["embed"])
-        if not _remainder(sizes, table["experts"], counts["experts"]):
-            problems += [f"experts: {p}" for p in _remainder(sizes, axes, counts["experts"])]
+        if found := _remainder(sizes, axes, counts["experts"]):
+            problems.append(f"experts: {found}")
     for group in _MEET:
         for one, other in itertools.combinations(group, 2):
             both = {a for a in table[one] if a in table[other] and sizes.get(a, 1) > 1}
             if both:
                 problems.append(f"rules: {one} and {other} are both split over {min(both)}")
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys(problems))  # two axes may meet in several arrays
 
 
 def _nearest(sizes: Mapping[str, int], config, packed: bool, rules) -> str | None:
@@ -341,3 +342,11 @@ def own(x: jax.Array, name: str, dim: int) -> jax.Array:
         return x
     size = x.shape[dim] // parts(name)
     return jax.lax.dynamic_slice_in_dim(x, index(name) * size, size, axis=dim)
+
+
+def own_ids(ids: jax.Array, size: int, name: str) -> tuple[jax.Array, jax.Array]:
+    """Where ids stand in this device's `size` entries of a logical axis, 0 for those of other
+    devices, and which are this device's."""
+    mine = ids - index(name) * size
+    known = (mine >= 0) & (mine < size)
+    return jnp.where(known, mine, 0), known

@@ -25,8 +25,27 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import ModelConfig, RopeConfig
 
+# A model with the vocabulary of `Tokenizer.compact`, so small that it compiles in seconds.
+COMPACT = ModelConfig(
+    num_layers=2,
+    embed_dim=96,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    num_experts=5,
+    experts_per_token=4,
+    hidden_dim=64,
+    vocab_size=1024,
+    sliding_window=8,
+    rope=RopeConfig(
+        theta=150000.0, scaling_factor=8.0, original_context=64, beta_fast=32.0, beta_slow=1.0
+    ),
+    norm_eps=1e-5,
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+)
 LAYOUTS = ("hf", "original", "bf16")
 CHUNK = 1 << 23  # values or bytes made at a time
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from checkpoints import COMPACT as CONFIG
 from checkpoints import write_checkpoint
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
@@ -22,30 +23,11 @@ import gptoss_jax as gj
 from gptoss_jax import cli, conversation
 from gptoss_jax.benchmarking import timing, tuning
 from gptoss_jax.cli import options
-from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.inference import compilation
 from gptoss_jax.inference.compilation import enable_compilation_cache
 from gptoss_jax.inference.decode import Completion
 
-CONFIG = ModelConfig(
-    num_layers=2,
-    embed_dim=96,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    num_experts=5,
-    experts_per_token=4,
-    hidden_dim=64,
-    vocab_size=1024,
-    sliding_window=8,
-    rope=RopeConfig(
-        theta=150000.0, scaling_factor=8.0, original_context=64, beta_fast=32.0, beta_slow=1.0
-    ),
-    norm_eps=1e-5,
-    swiglu_alpha=1.702,
-    swiglu_limit=7.0,
-)
 ANSWER = (
     "<|channel|>analysis<|message|>17+26 is 43.<|end|>"
     "<|start|>assistant<|channel|>final<|message|>43<|return|>"

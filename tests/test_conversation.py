@@ -8,12 +8,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import COMPACT as CONFIG
 from checkpoints import write_checkpoint
 from flax import nnx
 
 import gptoss_jax as gj
 from gptoss_jax import conversation
-from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.conversation import Conversation, chat, generate, stream_chat, tokenizer_of
 from gptoss_jax.harmony import (
     FunctionTool,
@@ -28,24 +28,6 @@ from gptoss_jax.harmony import (
 from gptoss_jax.inference.decode import Completion
 from gptoss_jax.inference.sampling import Sampling
 
-CONFIG = ModelConfig(
-    num_layers=2,
-    embed_dim=96,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    num_experts=5,
-    experts_per_token=4,
-    hidden_dim=64,
-    vocab_size=1024,
-    sliding_window=8,
-    rope=RopeConfig(
-        theta=150000.0, scaling_factor=8.0, original_context=64, beta_fast=32.0, beta_slow=1.0
-    ),
-    norm_eps=1e-5,
-    swiglu_alpha=1.702,
-    swiglu_limit=7.0,
-)
 CONTEXT = 512
 THOUGHT = "<|channel|>analysis<|message|>17+26 is 43.<|end|>"
 ANSWER = THOUGHT + "<|start|>assistant<|channel|>final<|message|>43<|return|>"

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import COMPACT, write_checkpoint
 from processes import commands, free_port, run_processes, scripts, shown
 
 import gptoss_jax as gj
 from gptoss_jax import distributed
-from gptoss_jax.config import ModelConfig, RopeConfig
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.inference import decode
 from gptoss_jax.inference.sampling import Sampling
@@ -24,24 +24,7 @@ from gptoss_jax.mesh_file import read_mesh
 from gptoss_jax.roll_call import roll_call, split_address
 from gptoss_jax.sharding import MESH_AXES, placement
 
-SMALL = ModelConfig(
-    num_layers=2,
-    embed_dim=96,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=16,
-    num_experts=8,
-    experts_per_token=4,
-    hidden_dim=64,
-    vocab_size=1024,
-    sliding_window=8,
-    rope=RopeConfig(
-        theta=150000.0, scaling_factor=8.0, original_context=64, beta_fast=32.0, beta_slow=1.0
-    ),
-    norm_eps=1e-5,
-    swiglu_alpha=1.702,
-    swiglu_limit=7.0,
-)
+SMALL = dataclasses.replace(COMPACT, num_heads=8, num_kv_heads=4, num_experts=8)
 MESHES = sorted((Path(__file__).parents[1] / "configs" / "mesh").glob("*.toml"))
 
 

@@ -22,7 +22,7 @@ from gptoss_jax.inference.programs import (
     advance_program,
     prefill_program,
 )
-from gptoss_jax.inference.sampling import Sampling, Seen, Steps, sampling_arrays
+from gptoss_jax.inference.sampling import Sampling, Seen, Steps, power_of_two, sampling_arrays
 from gptoss_jax.model.cache import empty_cache
 from gptoss_jax.model.placed import put
 from gptoss_jax.model.transformer import Transformer
@@ -61,7 +61,7 @@ class Decoder:
     ) -> tuple["Run", np.ndarray, np.ndarray]:
         """Read the prompts; returns the run and the first token and log-probability of each row."""
         self._check(prompts, limits)
-        rows = self._multiple(_power_of_two(len(prompts)), "batch")
+        rows = self._multiple(power_of_two(len(prompts)), "batch")
         spare = rows - len(prompts)
         lengths = np.array([len(p) for p in prompts] + [0] * spare, np.int32)
         request = Request(
@@ -72,7 +72,7 @@ class Decoder:
         request = self._put(self.structure.request(request), request)
         steps = Steps.needed(sampling)
         longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        capacity = self._multiple(max(SMALLEST_CAPACITY, _power_of_two(longest)), "slots")
+        capacity = self._multiple(max(SMALLEST_CAPACITY, power_of_two(longest)), "slots")
         state = self._empty(rows, capacity, steps)
         logprobs = self._put(self.structure.spec("batch"), jnp.zeros((rows,), jnp.float32))
         for chunk in _chunks(prompts, lengths):
@@ -172,14 +172,9 @@ def _chunks(prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> Iterator[t
 
 def _padded(stop: Sequence[int]) -> Int[Array, " stops"]:
     """Stop ids, filled up with -1 to one of a few lengths."""
-    ids = np.full(max(4, _power_of_two(len(stop))), -1, np.int32)
+    ids = np.full(max(4, power_of_two(len(stop))), -1, np.int32)
     ids[: len(stop)] = list(stop)
     return jnp.asarray(ids)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def generate(
@@ -240,7 +235,7 @@ def stream(
     ends = frozenset(stop)
     made = [0] * rows
     yield _pieces(first[:, None], logprobs[:, None], made, limits, ends)
-    num_tokens = tokens_per_dispatch or max(16, _power_of_two(max(limits) - 1))
+    num_tokens = tokens_per_dispatch or max(16, power_of_two(max(limits) - 1))
     while not run.done:
         yield _pieces(*run.advance(num_tokens), made, limits, ends)
 

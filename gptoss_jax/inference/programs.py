@@ -81,7 +81,7 @@ class Structure:
         kept = iter(jax.tree.leaves(cache_specs(self.placement, self.config)))
 
         def spec(path, _):
-            member = jax.tree_util.keystr(path[:1]).strip(".[]'")
+            member = jax.tree_util.keystr(path[:1], simple=True)
             if member == "cache":
                 return next(kept)
             return self.spec("batch", "vocab") if member == "seen" else self.spec("batch")
@@ -92,8 +92,8 @@ class Structure:
         """The same for a request."""
 
         def spec(path, _):
-            shared = jax.tree_util.keystr(path).endswith("stop")
-            return self.spec() if shared else self.spec("batch")
+            member = jax.tree_util.keystr(path[:1], simple=True)
+            return self.spec() if member == "stop" else self.spec("batch")
 
         return jax.tree_util.tree_map_with_path(spec, request)
 

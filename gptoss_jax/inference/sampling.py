@@ -2,8 +2,8 @@
 """From logits to a token, one row at a time: whatever else is in the batch changes nothing.
 
 `Sampling` is what a caller asks for, `SamplingArrays` the same for a batch on the device. Knows no
-model and no text; decode.py calls `choose` once a step. Where the vocabulary is split over devices,
-`shards` names the mesh axes, and vocabulary_shards.py does what needs all of them.
+model and no text; programs.py calls `choose` once a step. Where the vocabulary is split over
+devices, `shards` names the mesh axes, and vocabulary_shards.py does what needs all of them.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays
                 f"logit_bias: expected token ids in [0, V={vocab_size}), got {outside}"
             )
     most = max([4, *(len(row.logit_bias) for row in rows)])
-    width = _power_of_two(most)
+    width = power_of_two(most)
     tokens = np.full((len(rows), width), vocab_size, np.int32)  # out of bounds is dropped
     values = np.zeros((len(rows), width), np.float32)
     for index, row in enumerate(rows):
@@ -304,6 +304,6 @@ def _drops(row: Sampling) -> bool:
     return bool(row.top_k or row.top_p < 1 or row.min_p)
 
 
-def _power_of_two(number: int) -> int:
-    """At least `number`: few different sizes, so few compilations."""
-    return 1 << (number - 1).bit_length()
+def power_of_two(number: int) -> int:
+    """The smallest that is at least `number`: few different sizes, so few compilations."""
+    return 1 << max(number - 1, 0).bit_length()

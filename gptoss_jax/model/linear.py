@@ -39,9 +39,8 @@ def look_up_words(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Floa
     """Rows of a table that may be split: each device looks up the words it has."""
     if not sharding.axes("vocab"):
         return look_up(table, tokens)
-    mine = tokens - sharding.index("vocab") * table.shape[0]
-    known = (mine >= 0) & (mine < table.shape[0])
-    rows = look_up(table, jnp.where(known, mine, 0))
+    mine, known = sharding.own_ids(tokens, table.shape[0], "vocab")
+    rows = look_up(table, mine)
     return sharding.total(jnp.where(known[..., None], rows, jnp.zeros_like(rows)), "vocab")
 
 

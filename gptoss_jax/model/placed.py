@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.mxfp4 import Mxfp4
-from gptoss_jax.sharding import Placement, inside, placement
+from gptoss_jax.sharding import Placement, as_names, inside, placement
 
 M = TypeVar("M")  # a module; or a parameter
 Names = tuple[str | tuple[str, ...] | None, ...]
@@ -94,8 +94,8 @@ def packed_pieces(axes: Names, where: Placement | None) -> tuple[int, int]:
     """Into how many pieces the outputs and the inputs of packed experts are split."""
     if where is None:
         return 1, 1
-    outputs, inputs = ((name,) if isinstance(name, str) else name or () for name in axes[-2:])
-    return where.size(*outputs), where.size(*inputs)
+    outputs, inputs = (where.size(*as_names(name)) for name in axes[-2:])
+    return outputs, inputs
 
 
 def one_piece(module: M) -> M:
@@ -118,7 +118,7 @@ def together(module: M) -> M:
     def whole(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
         for dim, names in enumerate(variable.get_metadata("axes")):
-            if "embed" in (names if isinstance(names, tuple) else (names,)):
+            if "embed" in as_names(names):
                 value = jax.tree.map(lambda x, dim=dim: sharding.gather(x, "embed", dim), value)
         return variable.replace(value)
 

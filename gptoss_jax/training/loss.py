@@ -88,7 +88,6 @@ def token_nats(logits: Logits, targets: Int[Array, "B T"]) -> Float[Array, "B T"
     peak = jax.lax.pmax(peak, over) if over else peak
     logits = logits - peak[..., None]
     mass = sharding.total(jnp.exp(logits).sum(axis=-1), "vocab")
-    mine = targets - sharding.index("vocab") * logits.shape[-1]
-    known = (mine >= 0) & (mine < logits.shape[-1])
-    of_target = jnp.take_along_axis(logits, jnp.where(known, mine, 0)[..., None], axis=-1)[..., 0]
+    mine, known = sharding.own_ids(targets, logits.shape[-1], "vocab")
+    of_target = jnp.take_along_axis(logits, mine[..., None], axis=-1)[..., 0]
     return jnp.log(mass) - sharding.total(jnp.where(known, of_target, 0.0), "vocab")

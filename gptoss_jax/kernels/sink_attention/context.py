@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.sink_attention import flash
 from gptoss_jax.kernels.sink_attention.flash import NOTHING, Places, Static
+from gptoss_jax.sharding import passed_on
 
 FORMS = ("ring", "replicated", "scattered")
 
@@ -193,8 +194,7 @@ def _at(places: Places, keys: _Keys) -> Places:
 
 def _passed(context: Context, arrays: Any) -> Any:
     """From each device to the next one, the last one's to the first."""
-    pairs = [(index, (index + 1) % context.size) for index in range(context.size)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, context.axes, pairs), arrays)
+    return jax.tree.map(lambda x: passed_on(x, context.axes), arrays)
 
 
 # All rows are everywhere: each device's result for them goes to where it is wanted.
