@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the bundled tiny model: python -m gptoss_jax.tiny RECIPE.toml --out FOLDER
 
-Joins the task (training/sums.py), the rows (training/data.py), the loop (training/trainer.py) and
-the export. The recipe is read strictly and is the whole description of the run.
+Joins the task (training/sums.py), the rows (training/prefixed.py), the loop (training/trainer.py)
+and the export. The recipe is read strictly and is the whole description of the run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from gptoss_jax.harmony import SystemSettings, Tokenizer, parse, render_prompt
 from gptoss_jax.inference.decode import generate
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.data import Row, batches, tokenize
+from gptoss_jax.training.prefixed import Row, batches, tokenize
 from gptoss_jax.training.sums import Example, draw
 from gptoss_jax.training.trainer import Optimisation, train
 from gptoss_jax.weights.export import export

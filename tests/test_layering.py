@@ -20,7 +20,7 @@ FLOORS = (
     ("kernels", "kernels/dispatch", "kernels/sink_attention", "kernels/expert_matmul"),
     ("model",),
     ("weights", "inference", "training", "research"),
-    ("conversation", "tiny", "serving", "planning", "benchmarking"),
+    ("conversation", "finetuning", "tiny", "serving", "planning", "benchmarking"),
     ("cli", "__init__"),
 )
 # Rooms of one floor do not know each other, except these (importer, imported).
@@ -37,7 +37,10 @@ LEAVES = {"weights/names"}  # import nothing from their own room either
 # Rooms that are not for everyone above them.
 NOT_FOR = {"config": ("kernels",)}  # kernels are given numbers, not a model
 # Text and arrays meet in the training data and from floor 5 on: the engine knows no text.
-ONLY_FOR = {"harmony": ("training/data", "training/sums", *FLOORS[5], *FLOORS[6])}
+TEXT_OF_TRAINING = ("check", "conversations", "data", "masks", "prefixed", "sources", "sums")
+ONLY_FOR = {
+    "harmony": (*(f"training/{room}" for room in TEXT_OF_TRAINING), *FLOORS[5], *FLOORS[6])
+}
 # Packages that a room must not import, directly or through another file of ours.
 FORBIDDEN = {
     "config": {"jax", "flax"},

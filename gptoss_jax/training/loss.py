@@ -18,10 +18,10 @@ from gptoss_jax.model.placed import on_mesh
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.shapes import Array, Logits
 from gptoss_jax.sharding import Placement
-from gptoss_jax.training.data import Batch
+from gptoss_jax.training.prefixed import PrefixedBatch
 
 
-def next_token_loss(model: Transformer, batch: Batch) -> Float[Array, ""]:
+def next_token_loss(model: Transformer, batch: PrefixedBatch) -> Float[Array, ""]:
     """Mean cross-entropy, in nats, of the tokens that have weight, given all tokens before each.
 
     The mean is over the rows of all devices. Raises ValueError if these cannot share them out.

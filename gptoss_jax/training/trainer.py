@@ -24,8 +24,8 @@ from gptoss_jax.model.placed import leaf_specs, spread
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import BLOCK, pack, unpack
 from gptoss_jax.sharding import Placement
-from gptoss_jax.training.data import Batch
 from gptoss_jax.training.loss import next_token_loss
+from gptoss_jax.training.prefixed import PrefixedBatch
 
 EXPERT_KERNELS = {("gate_up", "kernel"), ("down", "kernel")}
 
@@ -68,7 +68,7 @@ class TrainState(nnx.Pytree):
 
 def train(
     model: Transformer,
-    batches: Iterator[Batch],
+    batches: Iterator[PrefixedBatch],
     optimisation: Optimisation,
     *,
     mxfp4_experts: bool = False,
@@ -132,7 +132,7 @@ def _shardings(state: TrainState, where: Placement | None) -> TrainState | None:
 
 def step_program(
     model: Transformer, optimisation: Optimisation, *, mxfp4_experts: bool = False
-) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
+) -> Callable[[TrainState, PrefixedBatch], tuple[TrainState, jax.Array]]:
     """A step of training a model like this one: the next state, and the loss before it.
 
     The state it is given is used up: its buffers are donated.
@@ -149,7 +149,7 @@ def _step_program(graph, optimisation, mxfp4_experts: bool, where, shardings, tr
     """The jitted step of one model structure; without shardings jax decides where results lie."""
     optimiser = optimisation.build()
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def step(state: TrainState, batch: PrefixedBatch) -> tuple[TrainState, jax.Array]:
         def loss_of(params):
             seen = _round_experts(params, where) if mxfp4_experts else params
             return next_token_loss(nnx.merge(graph, seen), batch)

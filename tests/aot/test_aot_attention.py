@@ -113,12 +113,11 @@ def test_attention_layer(compile_for, name, layer):
 
 def place(T: int, lengths: bool = False) -> Place:
     angles = shape(1, T, H // 2, dtype=jnp.float32)
-    return Place(
-        shape(1, T, dtype=jnp.int32),
-        angles,
-        angles,
-        lengths=shape(1, dtype=jnp.int32) if lengths else None,
-    )
+    positions = shape(1, T, dtype=jnp.int32)
+    if not lengths:
+        return Place(positions, angles, angles)
+    kept = shape(1, dtype=jnp.int32)
+    return Place(positions, angles, angles, lengths=kept, all_positions=positions)
 
 
 @windows

@@ -14,7 +14,7 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.data import Batch, Row, batches
+from gptoss_jax.training.prefixed import PrefixedBatch, Row, batches
 from gptoss_jax.training.trainer import Optimisation
 
 OPTIMISATION = Optimisation(
@@ -42,7 +42,7 @@ ONE_LAYER = ModelConfig(
 )
 
 
-def random_batch(vocab_size: int, num_rows: int = 8) -> Batch:
+def random_batch(vocab_size: int, num_rows: int = 8) -> PrefixedBatch:
     """Rows of 5 to 17 tokens after one of two prefixes; one more prefix is empty."""
     rng = random.Random(0)
 

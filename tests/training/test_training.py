@@ -14,8 +14,8 @@ from gptoss_jax.harmony import Message, SystemSettings, Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import E2M1
 from gptoss_jax.training import trainer
-from gptoss_jax.training.data import Batch, Row, batches, tokenize
 from gptoss_jax.training.loss import next_token_loss
+from gptoss_jax.training.prefixed import PrefixedBatch, Row, batches, tokenize
 from gptoss_jax.training.trainer import Optimisation, train
 
 OPTIMISATION = Optimisation(
@@ -37,7 +37,7 @@ def rows():
 
 
 @pytest.fixture
-def batch(rows) -> Batch:
+def batch(rows) -> PrefixedBatch:
     return next(batches(iter(rows), batch_size=9, length=17, max_prefixes=3, prefix_length=14))
 
 

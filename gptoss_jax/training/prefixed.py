@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations -> rows of tokens and weights that a loss can use.
+"""Conversations -> rows whose beginnings are shared: how the tiny model was trained on a CPU.
 
-The only room of training that knows text. A row's weight is 1 where the model is to produce the
+Its system message is longer than what follows, so each is run once. A row's weight is 1 where the model is to produce the
 token (everything the assistant writes in the last turn) and 0 elsewhere, padding included.
 """
 
@@ -17,7 +17,7 @@ from gptoss_jax.shapes import Array
 
 
 @nnx.dataclass
-class Batch(nnx.Pytree):
+class PrefixedBatch(nnx.Pytree):
     """Rows of a training step.
 
     Conversations tend to begin with one of a few system messages. Those `prefixes` are kept apart
@@ -66,7 +66,7 @@ def tokenize(
 
 def batches(
     rows: Iterator[Row], *, batch_size: int, length: int, max_prefixes: int, prefix_length: int
-) -> Iterator[Batch]:
+) -> Iterator[PrefixedBatch]:
     """Rows side by side, padded on the right.
 
     Left out: rows longer than `length`, and those that would need one prefix too many.
@@ -81,7 +81,7 @@ def batches(
                 prefixes.setdefault(row.prefix, len(prefixes))
                 chosen.append(row)
         starts = list(prefixes) + [()] * (max_prefixes - len(prefixes))
-        yield Batch(
+        yield PrefixedBatch(
             prefixes=_padded(starts, prefix_length, np.int32),
             prefix_lengths=np.array([len(start) for start in starts], np.int32),
             prefix=np.array([prefixes[row.prefix] for row in chosen], np.int32),
