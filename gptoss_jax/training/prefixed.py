@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations -> rows whose beginnings are shared: how the tiny model was trained on a CPU.
 
-Its system message is longer than what follows, so each is run once. A row's weight is 1 where the model is to produce the
-token (everything the assistant writes in the last turn) and 0 elsewhere, padding included.
+Its system message is longer than what follows, so each is run once. A row's weight is 1 where the
+model is to produce the token (everything the assistant writes in the last turn) and 0 elsewhere,
+padding included.
 """
 
 import dataclasses
