@@ -2,9 +2,9 @@
 """Several processes as one program: how they meet, and how none of them waits for one that failed.
 
 jax.distributed connects them and finds clusters; this adds errors that every process gets. Call
-`initialize` before anything else uses jax. `agree` and `together` are for what may differ between
-machines: arguments and files. All processes have to call them, in the same order. With a single
-process they do nothing.
+`initialize` before anything else uses jax. `agree`, `together` and `everyones` are for what may
+differ between machines: arguments and files. All processes have to call them, in the same order.
+With a single process they do nothing.
 """
 
 import atexit
@@ -150,6 +150,11 @@ def agree(what: str, value: str) -> None:
             f"{what}: expected the same on every process, got {_differences(_gather(what, value))}"
             "; start all with the same arguments, files and versions"
         )
+
+
+def everyones(text: str, what: str) -> list[str]:
+    """The texts of all processes, by number."""
+    return [text] if jax.process_count() == 1 else _gather(what, text)
 
 
 def _differences(values: Sequence[str]) -> str:

@@ -263,8 +263,9 @@ _here: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placem
 
 
 @contextlib.contextmanager
-def inside(where: Placement) -> Iterator[None]:
-    """Code traced here runs on every device of a mesh, on its own part of every array."""
+def inside(where: Placement | None) -> Iterator[None]:
+    """Code traced here runs on every device of a mesh, on its own part of every array; None is the
+    way out again."""
     token = _here.set(where)
     try:
         yield

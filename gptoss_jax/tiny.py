@@ -7,27 +7,27 @@ and the export. The recipe is read strictly and is the whole description of the 
 
 import argparse
 import dataclasses
-import difflib
 import json
 import random
 import sys
 import time
-import tomllib
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flax import nnx
-from pydantic import TypeAdapter, ValidationError
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.harmony import SystemSettings, Tokenizer, parse, render_prompt
 from gptoss_jax.inference.decode import generate
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.run_file import read_run
+from gptoss_jax.training.hooks import Hook, Run
+from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.prefixed import Row, batches, tokenize
+from gptoss_jax.training.step import StepOptions
 from gptoss_jax.training.sums import Example, draw
-from gptoss_jax.training.trainer import Optimisation, train
+from gptoss_jax.training.trainer import train
 from gptoss_jax.weights.export import export
 from gptoss_jax.weights.load import load
 
@@ -60,38 +60,6 @@ class Recipe:
     model: ModelConfig
     stages: tuple[Stage, ...]
 
-    @classmethod
-    def read(cls, path: str | Path) -> "Recipe":
-        """Parse a TOML file; unknown, missing or mistyped keys are listed in one ValueError."""
-        fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        problems = list(_unknown_keys(cls, fields))
-        try:
-            recipe = TypeAdapter(cls).validate_python(fields)
-        except ValidationError as error:
-            problems += [
-                f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
-                for problem in error.errors()
-            ]
-        if problems:
-            raise ValueError(f"{path}: " + "; ".join(problems))
-        return recipe
-
-
-def _unknown_keys(kind: typing.Any, fields: dict, where: str = "") -> Iterator[str]:
-    """One line for every key of a table that the dataclass, or one nested in it, does not have."""
-    known = {field.name: field.type for field in dataclasses.fields(kind)}
-    for key, value in fields.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            yield f"{where}{key}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
-            continue
-        nested = (*typing.get_args(known[key]), known[key])[0]  # Stage of tuple[Stage, ...]
-        tables = value if isinstance(value, list) else [value]
-        for number, table in enumerate(tables):
-            if isinstance(table, dict) and dataclasses.is_dataclass(nested):
-                inside = f"{where}{key}.{number}." if table is not value else f"{where}{key}."
-                yield from _unknown_keys(nested, table, inside)
-
 
 def make(recipe: Recipe, folder: str | Path, *, first_stage: int = 1) -> float:
     """Train stage by stage and return the share of held-out sums answered right.
@@ -111,9 +79,9 @@ def make(recipe: Recipe, folder: str | Path, *, first_stage: int = 1) -> float:
             model,
             batches(rows, **dataclasses.asdict(stage.batches)),
             stage.optimisation,
-            mxfp4_experts=True,
-            on_step=_reporter(number, stage.optimisation.steps),
-        )
+            options=StepOptions(mxfp4_experts=True, remat=False),
+            hooks=[Report(number)],
+        ).model
         _save(model, tokenizer, _stage_folder(folder, number))
     model = load(_stage_folder(folder, len(recipe.stages)))
     return accuracy(model, tokenizer, held_out_sums(recipe.seed, recipe.held_out))
@@ -182,18 +150,20 @@ def _rows(rng: random.Random, tokenizer: Tokenizer, binary_share: float) -> Iter
         )
 
 
-def _reporter(stage: int, steps: int):
-    start = time.perf_counter()
+class Report(Hook):
+    """A line at the first step, every fifty, and at the last one."""
 
-    def report(step: int, loss: float) -> None:
-        if step % 50 == 0 or step in (1, steps):
-            seconds = time.perf_counter() - start
+    def __init__(self, stage: int):
+        self.stage, self.start = stage, time.perf_counter()
+
+    def on_step(self, run: Run) -> None:
+        if run.step % 50 == 0 or run.step in (1, run.steps):
+            seconds = time.perf_counter() - self.start
             print(
-                f"stage {stage}  step {step:5d} of {steps}  loss {loss:.4f}  {seconds:6.0f} s",
+                f"stage {self.stage}  step {run.step:5d} of {run.steps}  "
+                f"loss {run.metrics['loss']:.4f}  {seconds:6.0f} s",
                 flush=True,
             )
-
-    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-stage", type=int, default=1, help="take a run up again there")
     options = parser.parse_args(arguments)
     try:
-        recipe = Recipe.read(options.recipe)
+        recipe = read_run(Recipe, options.recipe)
         share = make(recipe, options.out, first_stage=options.first_stage)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "gptoss_jax"
 
 FLOORS = (
     ("config", "shapes", "compat", "device", "folders", "roll_call"),
-    ("mxfp4", "sharding", "mesh_file", "distributed", "harmony"),
+    ("mxfp4", "sharding", "mesh_file", "distributed", "harmony", "run_file"),
     ("kernels", "kernels/dispatch", "kernels/sink_attention", "kernels/expert_matmul"),
     ("model",),
     ("weights", "inference", "training", "research"),

@@ -67,20 +67,20 @@ def test_it_is_what_the_recipe_says(tiny):
     files = sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir())
     declared = json.loads((BUNDLED_MODEL / "config.json").read_text())
 
-    assert Recipe.read(RECIPE).model == tiny.config == ModelConfig.from_hf(declared)
+    assert read_run(Recipe, RECIPE).model == tiny.config == ModelConfig.from_hf(declared)
     assert files < 6_000_000
 
 
 def test_a_recipe_is_read_strictly(tmp_path):
     file = tmp_path / "recipe.toml"
-    text = RECIPE.read_text().replace("beta2 = 0.98", "beta3 = 0.98\nsteps2 = 1", 1)
+    text = RECIPE.read_text().replace("learning_rate = 2e-3", "learning_rat = 2e-3\nsteps2 = 1", 1)
     file.write_text(text.replace("warmup_steps = 50", 'warmup_steps = "many"', 1))
 
     with pytest.raises(ValueError) as caught:
-        Recipe.read(file)
+        read_run(Recipe, file)
 
     message = str(caught.value)
-    assert "stages.0.optimisation.beta3: unknown key (did you mean beta2?)" in message
+    assert "stages.0.optimisation.learning_rat: unknown key (did you mean learning_rate?)" in message
     assert "stages.0.optimisation.steps2: unknown key" in message
     assert "stages.0.optimisation.warmup_steps: input should be a valid integer" in message
-    assert "stages.0.optimisation.beta2: field required" in message
+    assert "stages.0.optimisation.learning_rate: missing" in message

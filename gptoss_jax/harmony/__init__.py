@@ -17,7 +17,13 @@ from gptoss_jax.harmony.events import (
 from gptoss_jax.harmony.from_openai import messages_from_openai, tools_from_openai
 from gptoss_jax.harmony.messages import Message, SystemSettings
 from gptoss_jax.harmony.parser import HarmonyParser, parse
-from gptoss_jax.harmony.render import render_prompt, render_training
+from gptoss_jax.harmony.render import (
+    RenderedMessage,
+    answer_start,
+    render_messages,
+    render_prompt,
+    render_training,
+)
 from gptoss_jax.harmony.tokenizer import Tokenizer
 from gptoss_jax.harmony.tools import FunctionTool
 
@@ -32,6 +38,9 @@ __all__ = [
     "Tokenizer",
     "render_prompt",
     "render_training",
+    "render_messages",
+    "RenderedMessage",
+    "answer_start",
     # ids -> events -> messages
     "HarmonyParser",
     "MessageStart",

@@ -1,23 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat requests of the OpenAI shape (plain JSON values) as messages and tools.
+"""Chat requests and rows of the OpenAI shape (plain JSON values) as messages and tools.
 
 One JSON message may become several: reasoning, text for the user, and tool calls each have their
-channel. Every error names the index and the field. This file knows no tokens and no HTTP.
+channel. Everything wrong is found at once, each problem with the index and the field. This file
+knows no tokens and no HTTP.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptoss_jax.harmony.messages import FUNCTIONS, ROLES, Message
-from gptoss_jax.harmony.tools import FunctionTool, check_tools
+from gptoss_jax.harmony.tools import FunctionTool, tool_problems
 
 _FIELDS = {
-    "system": {"content"},
-    "developer": {"content"},
-    "user": {"content", "name"},
-    "assistant": {"content", "name", "reasoning", "reasoning_content", "tool_calls"},
-    "tool": {"content", "name", "tool_call_id"},
+    "system": {"role", "content"},
+    "developer": {"role", "content"},
+    "user": {"role", "content", "name"},
+    "assistant": {"role", "content", "name", "reasoning", "reasoning_content", "tool_calls"},
+    "tool": {"role", "content", "name", "tool_call_id"},
 }
+# The channel of a message that has a role and text alone.
+_PLAIN = {"system": None, "developer": None, "user": None, "assistant": "final"}
+
+
+class Problem(NamedTuple):
+    """What is wrong with a JSON value: the path to it, what was expected there, what to do."""
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
 
 
 def messages_from_openai(messages: Sequence[Any]) -> list[Message]:
@@ -26,96 +39,156 @@ def messages_from_openai(messages: Sequence[Any]) -> list[Message]:
     `reasoning` (or `reasoning_content`) goes to the analysis channel; `content` to final, or to
     commentary where tool calls follow; calls and their results to commentary. A result finds the
     name of its function by `tool_call_id`. Fields that are null or empty may be there or not; any
-    other unknown field is a ValueError.
+    other unknown field is a problem. All problems are raised as one ValueError.
     """
     if not messages:
         raise ValueError("messages: expected at least one message, got none; send a user message")
+    problems: list[Problem] = []
+    function_names: dict[str, str] = {}
     converted: list[Message] = []
-    function_names: dict[str, str] = {}  # tool_call_id -> function name
     for index, raw in enumerate(messages):
-        where = f"messages[{index}]"
-        role = _checked_role(where, raw)
-        if role == "assistant":
-            converted += _assistant_messages(where, raw, function_names)
-        elif role == "tool":
-            converted.append(_tool_message(where, raw, function_names))
-        else:
-            name = _optional_text(where, raw, "name")
-            converted.append(Message(role, _content(where, raw), name=name))
+        converted += convert_message(f"messages[{index}]", raw, function_names, problems)
+    _raise(problems)
     return converted
 
 
 def tools_from_openai(tools: Sequence[Any]) -> list[FunctionTool]:
     """Tools for a list of `{"type": "function", "function": {...}}`, checked."""
+    problems: list[Problem] = []
+    converted = convert_tools(tools, problems)
+    _raise(problems)
+    return converted
+
+
+def convert_message(
+    where: str, raw: Any, function_names: dict[str, str], problems: list[Problem]
+) -> list[Message]:
+    """What one JSON message becomes; `where` is its path.
+
+    `function_names` goes from message to message: ids of tool calls -> the functions called. What
+    is wrong is added to `problems`, and what is returned is then of no use.
+    """
+    role, content = (raw.get("role"), raw.get("content")) if type(raw) is dict else (None, None)
+    if type(content) is str and len(raw) == 2 and type(role) is str and role in _PLAIN:
+        return [Message(role, content, _PLAIN[role])]  # most of a dataset: a short cut for speed
+    role = _checked_role(where, raw, problems)
+    if role is None:
+        return []
+    if role == "assistant":
+        return list(_assistant_messages(where, raw, function_names, problems))
+    if role == "tool":
+        return [_tool_message(where, raw, function_names, problems)]
+    name = _optional_text(where, raw, "name", problems)
+    return [Message(role, _content(where, raw, problems), name=name)]
+
+
+def convert_tools(tools: Sequence[Any], problems: list[Problem]) -> list[FunctionTool]:
+    """The tools of a list; what is wrong with them is added to `problems`."""
+    before = len(problems)
     converted = []
     for index, raw in enumerate(tools):
         where = f"tools[{index}]"
         if not isinstance(raw, Mapping) or raw.get("type") != "function":
-            raise _error(f"{where}.type", '"function"', raw, "no other kind of tool is supported")
-        _reject_unknown(where, raw, {"type", "function"})
+            advice = "no other kind of tool is supported"
+            problems.append(problem(f"{where}.type", '"function"', raw, advice))
+            continue
+        _reject_unknown(where, raw, {"type", "function"}, problems)
         function = raw.get("function")
-        if not isinstance(function, Mapping):
-            raise _error(f"{where}.function", "an object", function, "describe the function")
-        converted.append(_function_tool(f"{where}.function", function))
-    check_tools(converted)
+        if isinstance(function, Mapping):
+            converted.append(_function_tool(f"{where}.function", function, problems))
+        else:
+            advice = "describe the function"
+            problems.append(problem(f"{where}.function", "an object", function, advice))
+    if len(problems) == before:
+        for found in tool_problems(converted):
+            where, _, text = found.partition(": ")
+            problems.append(Problem(where, f"{text}; correct the tool"))
     return converted
 
 
-def _function_tool(where: str, function: Mapping) -> FunctionTool:
-    _reject_unknown(where, function, {"name", "description", "parameters", "strict"})
+def problem(path: str, expected: str, got: object, next_step: str) -> Problem:
+    """A problem in the form that all errors have; long values are cut."""
+    shown = repr(got)
+    shown = shown if len(shown) <= 80 else shown[:80] + "..."
+    return Problem(path, f"expected {expected}, got {shown}; {next_step}")
+
+
+def _raise(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise ValueError("; ".join(map(str, problems)))
+
+
+def _function_tool(where: str, function: Mapping, problems: list[Problem]) -> FunctionTool:
+    known = {"name", "description", "parameters", "strict"}
+    _reject_unknown(where, function, known, problems)
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise _error(f"{where}.parameters", "a JSON schema", parameters, "send an object")
+        at, advice = f"{where}.parameters", "send an object"
+        problems.append(problem(at, "a JSON schema", parameters, advice))
+        parameters = None
     return FunctionTool(
-        name=_optional_text(where, function, "name") or "",
-        description=_optional_text(where, function, "description") or "",
+        name=_optional_text(where, function, "name", problems) or "",
+        description=_optional_text(where, function, "description", problems) or "",
         parameters=parameters,
     )
 
 
-def _checked_role(where: str, raw: Any) -> str:
+def _checked_role(where: str, raw: Any, problems: list[Problem]) -> str | None:
     if not isinstance(raw, Mapping):
-        raise _error(where, "an object", raw, "send role and content")
+        problems.append(problem(where, "an object", raw, "send role and content"))
+        return None
     role = raw.get("role")
     if role not in ROLES:
-        raise _error(f"{where}.role", f"one of {', '.join(ROLES)}", role, "correct the role")
-    _reject_unknown(where, raw, _FIELDS[role] | {"role"})
+        expected = f"one of {', '.join(ROLES)}"
+        problems.append(problem(f"{where}.role", expected, role, "correct the role"))
+        return None
+    _reject_unknown(where, raw, _FIELDS[role], problems)
     return role
 
 
 def _assistant_messages(
-    where: str, raw: Mapping, function_names: dict[str, str]
+    where: str, raw: Mapping, function_names: dict[str, str], problems: list[Problem]
 ) -> Iterable[Message]:
-    reasoning = _optional_text(where, raw, "reasoning")
-    reasoning = reasoning or _optional_text(where, raw, "reasoning_content")
+    reasoning = _optional_text(where, raw, "reasoning", problems)
+    reasoning = reasoning or _optional_text(where, raw, "reasoning_content", problems)
     calls = raw.get("tool_calls") or []
     if not isinstance(calls, list):
-        raise _error(f"{where}.tool_calls", "a list", calls, "send one object a call")
+        advice = "send one object a call"
+        problems.append(problem(f"{where}.tool_calls", "a list", calls, advice))
+        calls = []
     if reasoning:
         yield Message("assistant", reasoning, channel="analysis")
     if raw.get("content") or not (calls or reasoning):
         channel = "commentary" if calls else "final"
-        yield Message("assistant", _content(where, raw), channel=channel)
+        yield Message("assistant", _content(where, raw, problems), channel=channel)
     for index, call in enumerate(calls):
-        yield _tool_call(f"{where}.tool_calls[{index}]", call, function_names)
+        yield _tool_call(f"{where}.tool_calls[{index}]", call, function_names, problems)
 
 
-def _tool_call(where: str, call: Any, function_names: dict[str, str]) -> Message:
-    function = call.get("function") if isinstance(call, Mapping) else None
+def _tool_call(
+    where: str, call: Any, function_names: dict[str, str], problems: list[Problem]
+) -> Message:
+    fields = call if isinstance(call, Mapping) else {}
+    function = fields.get("function")
     if not isinstance(function, Mapping):
-        raise _error(f"{where}.function", "an object", function, "send name and arguments")
-    if call.get("type", "function") != "function":
-        raise _error(f"{where}.type", '"function"', call["type"], "no other kind is supported")
+        advice = "send name and arguments"
+        problems.append(problem(f"{where}.function", "an object", function, advice))
+        function = {"name": "?", "arguments": ""}
+    if fields.get("type", "function") != "function":
+        advice = "no other kind is supported"
+        problems.append(problem(f"{where}.type", '"function"', fields["type"], advice))
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise _error(f"{where}.function.name", "the name of a function", name, "send the name")
+        at, advice = f"{where}.function.name", "send the name"
+        problems.append(problem(at, "the name of a function", name, advice))
+        name = "?"
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
-        raise _error(
-            f"{where}.function.arguments", "JSON as a string", arguments, "json.dumps writes it"
-        )
-    if isinstance(call.get("id"), str):
-        function_names[call["id"]] = name
+        at, advice = f"{where}.function.arguments", "json.dumps writes it"
+        problems.append(problem(at, "JSON as a string", arguments, advice))
+        arguments = ""
+    if isinstance(fields.get("id"), str):
+        function_names[fields["id"]] = name
     return Message(
         "assistant",
         arguments,
@@ -125,60 +198,61 @@ def _tool_call(where: str, call: Any, function_names: dict[str, str]) -> Message
     )
 
 
-def _tool_message(where: str, raw: Mapping, function_names: dict[str, str]) -> Message:
-    name = _optional_text(where, raw, "name")
+def _tool_message(
+    where: str, raw: Mapping, function_names: dict[str, str], problems: list[Problem]
+) -> Message:
+    name = _optional_text(where, raw, "name", problems)
     call_id = raw.get("tool_call_id")
     if call_id is not None or name is None:
         if not isinstance(call_id, str) or call_id not in function_names:
-            raise _error(
-                f"{where}.tool_call_id",
-                "the id of an earlier tool call",
-                call_id,
-                "send the assistant message with that call first",
-            )
-        name = function_names[call_id]
+            at, expected = f"{where}.tool_call_id", "the id of an earlier tool call"
+            advice = "send the assistant message with that call first"
+            problems.append(problem(at, expected, call_id, advice))
+            name = "?"
+        else:
+            name = function_names[call_id]
     return Message(
         "tool",
-        _content(where, raw),
+        _content(where, raw, problems),
         channel="commentary",
         recipient="assistant",
         name=name if name.startswith(FUNCTIONS) else FUNCTIONS + name,
     )
 
 
-def _content(where: str, raw: Mapping) -> str:
+def _content(where: str, raw: Mapping, problems: list[Problem]) -> str:
     """The text of `content`: a string, or text parts, which are joined without a separator."""
     content = raw.get("content")
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _error(f"{where}.content", "text or a list of text parts", content, "send text")
+        expected = "text or a list of text parts"
+        problems.append(problem(f"{where}.content", expected, content, "send text"))
+        return ""
     texts = []
     for index, part in enumerate(content):
         text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(text, str) or part.get("type", "text") != "text":
-            got = part.get("type") if isinstance(part, Mapping) else part
-            raise _error(f"{where}.content[{index}]", "a text part", got, "gpt-oss reads text only")
-        texts.append(text)
+        if isinstance(text, str) and part.get("type", "text") == "text":
+            texts.append(text)
+            continue
+        got = part.get("type") if isinstance(part, Mapping) else part
+        at, advice = f"{where}.content[{index}]", "gpt-oss reads text only"
+        problems.append(problem(at, "a text part", got, advice))
     return "".join(texts)
 
 
-def _optional_text(where: str, raw: Mapping, field: str) -> str | None:
+def _optional_text(where: str, raw: Mapping, field: str, problems: list[Problem]) -> str | None:
     value = raw.get(field)
     if value is not None and not isinstance(value, str):
-        raise _error(f"{where}.{field}", "text or null", value, "correct or omit it")
+        problems.append(problem(f"{where}.{field}", "text or null", value, "correct or omit it"))
+        return None
     return value or None
 
 
-def _reject_unknown(where: str, raw: Mapping, known: set[str]) -> None:
+def _reject_unknown(where: str, raw: Mapping, known: set[str], problems: list[Problem]) -> None:
     unknown = [
         key for key, value in raw.items() if key not in known and value not in (None, [], {})
     ]
     if unknown:
-        raise _error(where, f"the fields {', '.join(sorted(known))}", unknown, "omit the others")
-
-
-def _error(where: str, expected: str, got: object, next_step: str) -> ValueError:
-    shown = repr(got)
-    shown = shown if len(shown) <= 80 else shown[:80] + "..."
-    return ValueError(f"{where}: expected {expected}, got {shown}; {next_step}")
+        fields = ", ".join(sorted(known))
+        problems.append(problem(where, f"the fields {fields}", unknown, "omit the others"))

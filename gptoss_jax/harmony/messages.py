@@ -76,6 +76,7 @@ class SystemSettings:
                 f"current_date: expected YYYY-MM-DD or None, got {self.current_date!r}; "
                 "date.isoformat() writes it so"
             )
+        object.__setattr__(self, "builtin_tools", tuple(self.builtin_tools))  # settings are hashed
         unknown = [tool for tool in self.builtin_tools if tool not in BUILTIN_TOOLS]
         if unknown:
             raise ValueError(

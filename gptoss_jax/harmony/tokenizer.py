@@ -8,7 +8,7 @@ messages: `render.py` writes conversations, `parser.py` reads them, `vocabulary.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
@@ -158,14 +158,18 @@ class Tokenizer:
             raise ValueError(
                 f'specials: expected "reject", "text" or "ids", got {specials!r}; choose one'
             )
+        for place, special in self.spelled_specials(text):
+            raise ValueError(
+                f"text: expected no special token, got {special!r} at character {place}; pass "
+                'specials="text" to encode it as ordinary text or specials="ids" to mean the token'
+            )
+        return self._encoding.encode_ordinary(text)
+
+    def spelled_specials(self, text: str) -> Iterator[tuple[int, str]]:
+        """Where `text` spells a special token, and which."""
         for match in _SPECIAL_TEXT.finditer(text):
             if match.group() in self.specials:
-                raise ValueError(
-                    f"text: expected no special token, got {match.group()!r} at character "
-                    f'{match.start()}; pass specials="text" to encode it as ordinary text or '
-                    'specials="ids" to mean the token'
-                )
-        return self._encoding.encode_ordinary(text)
+                yield match.start(), match.group()
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of any ids, never an error; what is no text becomes U+FFFD."""

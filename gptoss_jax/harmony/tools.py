@@ -35,6 +35,13 @@ def to_library_tools(tools: Sequence[FunctionTool]) -> list[Any]:
 
 def check_tools(tools: Sequence[FunctionTool]) -> None:
     """Raise one ValueError that lists every wrong name and schema."""
+    problems = tool_problems(tools)
+    if problems:
+        raise ValueError("; ".join(problems) + "; correct the tools and try again")
+
+
+def tool_problems(tools: Sequence[FunctionTool]) -> list[str]:
+    """Everything wrong with names and schemas, each as `where: what`."""
     problems = []
     names = [tool.name for tool in tools]
     for index, tool in enumerate(tools):
@@ -46,8 +53,7 @@ def check_tools(tools: Sequence[FunctionTool]) -> None:
         elif tool.name in names[:index]:
             problems.append(f"{where}.name: expected a name of its own, got {tool.name!r} again")
         problems += _parameter_problems(f"{where}.parameters", tool.parameters)
-    if problems:
-        raise ValueError("; ".join(problems) + "; correct the tools and try again")
+    return problems
 
 
 def _parameter_problems(where: str, schema: Mapping[str, Any] | None) -> list[str]:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.sink_attention import Context, sink_attention
+from gptoss_jax.model.adapter import Adapter, adapted
 from gptoss_jax.model.cache import LayerCache, extend_layer
 from gptoss_jax.model.linear import linear
 from gptoss_jax.model.rope import rotate
@@ -40,10 +41,12 @@ class Heads(nnx.Module):
         init = nnx.initializers.normal(config.embed_dim**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), shape, dtype), axes=("heads", None, "embed"))
         self.bias = nnx.Param(jnp.zeros(shape[:2], dtype), axes=("heads", None))
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Hidden) -> Float[Array, "B T N H"]:
         num_heads, head_dim, embed_dim = self.kernel.shape
-        y = linear(x, self.kernel[...].reshape(-1, embed_dim)).astype(x.dtype)
+        y = linear(x, self.kernel[...].reshape(-1, embed_dim))
+        y = adapted(y, self.adapter, x).astype(x.dtype)
         return y.reshape(*x.shape[:2], num_heads, head_dim) + self.bias[...][None, None]
 
 
@@ -56,12 +59,13 @@ class HeadsOut(nnx.Module):
         init = nnx.initializers.normal(width**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), shape, dtype), axes=("embed", "heads", None))
         self.bias = nnx.Param(jnp.zeros((config.embed_dim,), dtype), axes=(None,))
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, heads: Float[Array, "B T N H"]) -> Hidden:
         joined = heads.reshape(*heads.shape[:2], -1)
         kernel = self.kernel[...].reshape(self.kernel.shape[0], -1)
-        y = sharding.total(linear(joined, kernel).astype(heads.dtype), "heads")
-        return y + self.bias[...][None, None]
+        y = adapted(linear(joined, kernel), self.adapter, joined).astype(heads.dtype)
+        return sharding.total(y, "heads") + self.bias[...][None, None]
 
 
 class Attention(nnx.Module):

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.expert_matmul import Problem, device_order, expert_mlp
+from gptoss_jax.model.adapter import Adapter, adapted
 from gptoss_jax.model.linear import linear
 from gptoss_jax.model.placed import packed_pieces
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
@@ -34,9 +35,10 @@ class Router(nnx.Module):
         init = nnx.initializers.normal(config.embed_dim**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), shape, dtype), axes=(None, "embed"))
         self.bias = nnx.Param(jnp.zeros((config.num_experts,), dtype), axes=(None,))
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Hidden) -> Float[Array, "B T E"]:
-        logits = linear(x, self.kernel[...])
+        logits = adapted(linear(x, self.kernel[...]), self.adapter, x)
         return logits + self.bias[...].astype(jnp.float32)[None, None]
 
 
@@ -68,6 +70,7 @@ class ExpertLinear(nnx.Module):
             self.kernel = nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
         kept = (None if name == "embed" else name for name in axes[1:-1])
         self.bias = nnx.Param(jnp.zeros(shape[:-1], dtype), axes=("experts", *kept))
+        self.adapter: Adapter | None = nnx.data(None)
 
 
 class MoE(nnx.Module):
@@ -112,6 +115,8 @@ class MoE(nnx.Module):
             self.gate_up.bias[...],
             self.down.kernel.get_value(),
             sharding.once(self.down.bias[...], "hidden"),
+            self.gate_up.adapter and self.gate_up.adapter.factors(),
+            self.down.adapter and self.down.adapter.factors(),
             alpha=self.alpha,
             limit=self.limit,
             num_experts=self.num_experts if sharding.axes("experts") else None,

@@ -125,6 +125,17 @@ def together(module: M) -> M:
     return _mapped(whole, module)
 
 
+def recomputed(function: Callable) -> Callable:
+    """A function of a module and arrays of which nothing but these is kept for its gradients."""
+
+    def run(module, *arrays):
+        graph, state = nnx.split(module)
+        pure = jax.checkpoint(lambda state, *arrays: function(nnx.merge(graph, state), *arrays))
+        return pure(state, *arrays)
+
+    return run
+
+
 def _mapped(change: Callable[[nnx.Variable], nnx.Variable], module: Any) -> Any:
     """A module, or one parameter, with changed parameters."""
     if _is_variable(module):
@@ -257,6 +268,6 @@ def cut_parts(where: Placement | None, x: jax.Array, shape: tuple[int, ...]) -> 
 
 
 def _missing(where: Placement | None, shape: tuple[int, ...]) -> tuple[int, int]:
-    if where is None:
+    if where is None or sharding.here() is not None:  # a program is given its parts filled up
         return 0, 0
     return -shape[0] % where.size("batch"), -shape[1] % where.size("length")

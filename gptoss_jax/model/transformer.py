@@ -26,7 +26,7 @@ from gptoss_jax.model.attention import Attention, Place
 from gptoss_jax.model.cache import Cache, LayerCache, cache_specs, new_positions
 from gptoss_jax.model.linear import linear, look_up_words
 from gptoss_jax.model.moe import MoE
-from gptoss_jax.model.placed import cut_parts, fill_parts, on_mesh, together
+from gptoss_jax.model.placed import cut_parts, fill_parts, on_mesh, recomputed, together
 from gptoss_jax.model.rope import rotary_angles
 from gptoss_jax.shapes import Array, Hidden, Logits, Positions, Segments, Tokens
 from gptoss_jax.sharding import Placement
@@ -69,6 +69,10 @@ class Block(nnx.Module):
         return x + self.moe(self.moe_norm(x)), cache
 
 
+def _through(block: Block, x: Hidden, place: Place) -> Hidden:
+    return together(block)(x, place)
+
+
 class Transformer(nnx.Module):
     """The model. Made here it has random weights; `gptoss_jax.load` fills in published ones.
 
@@ -97,6 +101,7 @@ class Transformer(nnx.Module):
         self.packed = experts == "packed"
         self.placement = placement
         self.origin: str | None = None  # the folder the weights came from
+        self.remat = False  # where gradients are taken, keep a block's input and compute the rest again
         init = nnx.initializers.normal(config.embed_dim**-0.5)
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         kinds = {"packed": self.packed, "placement": placement, "dtype": dtype, "rngs": rngs}
@@ -139,8 +144,9 @@ class Transformer(nnx.Module):
         cos, sin = self._angles(positions)
         place = Place(positions, cos, sin, segments=segments)
         x = look_up_words(together(self.embed)[...], tokens)
+        through = recomputed(_through) if self.remat else _through
         for block in self.blocks:
-            x = together(block)(x, place)
+            x = through(block, x, place)
         return self.final_norm(x)
 
     @on_mesh("batch .", "batch", cache_specs, output=extended_specs)

@@ -7,9 +7,13 @@ had MXFP4 bytes, is not kept. All processes save and restore together, in one fo
 them see. Knows no model; the published files of one are the business of weights/.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +28,9 @@ from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 
 T = TypeVar("T")
 
+LIMIT = 60 * 60  # seconds that a save may take, and wait for that of another process
+_saves = itertools.count()  # all processes count alike
+
 
 def save(folder: str | Path, state: Any) -> None:
     """Write the arrays of a pytree (a model, moments, a dictionary of such) to a new folder.
@@ -31,11 +38,59 @@ def save(folder: str | Path, state: Any) -> None:
     The folder appears when it is complete. Raises ValueError if there is one already, or if an
     array of several processes' run is on one of them alone.
     """
+    start_saving(folder, state)()
+
+
+def start_saving(folder: str | Path, state: Any) -> Callable[[], None]:
+    """Begin to save, and return when the arrays of `state` may be donated.
+
+    The rest happens in the background. What this returns waits for it, raises what went wrong, and
+    has to be called once, from any thread.
+    """
     folder = Path(folder).absolute()
-    arrays = _stored(_values(state), _published)
+    arrays = {name: _own(x) for name, x in _stored(_values(state), _published).items()}
     together(lambda: _check_save(folder, arrays), f"save to {folder}")
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    checkpointer = _checkpointer()
+
+    def finish():
+        with _quiet(), contextlib.closing(checkpointer):
+            checkpointer.wait_until_finished()
+
+    try:
         checkpointer.save(folder, args=ocp.args.StandardSave(arrays))
+    except BaseException:
+        checkpointer.close()
+        raise
+    return finish
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    """For one save, which has its own places where processes meet: one that failed at those of the
+    save before is not waited for there."""
+    own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"save{next(_saves)}")
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=own)
+    return ocp.AsyncCheckpointer(handler, timeout_secs=LIMIT, multiprocessing_options=own)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that Orbax logs of errors that it raises all the same."""
+
+    def own(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(own)
+    try:
+        yield
+    finally:
+        logger.removeFilter(own)
+
+
+def _own(array: jax.Array) -> jax.Array:
+    """An array that nobody else donates. Orbax copies from accelerators; CPU memory it shares."""
+    on_host = next(iter(array.sharding.device_set)).platform == "cpu"
+    return jax.device_put(array, array.sharding, may_alias=False) if on_host else array
 
 
 def restore(folder: str | Path, like: T) -> T:
@@ -132,22 +187,46 @@ def _with_values(tree: T, values: Mapping[str, Any]) -> T:
 
 
 def _stored(values: Mapping[str, Any], members: Callable[[Mxfp4], tuple]) -> dict[str, Any]:
-    """By the names in the folder, where an Mxfp4 is two arrays: its `members`."""
+    """By the names in the folder, where an Mxfp4 is two arrays: its `members`; a random key is the
+    numbers of its kind."""
     stored = {}
     for name, value in values.items():
         if isinstance(value, Mxfp4):
             stored |= zip((f"{name}.blocks", f"{name}.scales"), members(value), strict=True)
+        elif _is_key(value):
+            stored[f"{name}.{_kind_of_key(value)}"] = _numbers(value)
         else:
             stored[name] = value
     return stored
 
 
 def _restored(name: str, like: Any, arrays: Mapping[str, jax.Array]) -> Any:
+    if _is_key(like):
+        kind = _kind_of_key(like)
+        return jax.random.wrap_key_data(arrays[f"{name}.{kind}"], impl=kind)
     if not isinstance(like, Mxfp4):
         return arrays[name]
     members = arrays[f"{name}.blocks"], arrays[f"{name}.scales"]
     blocks, scales = _rearrangement(_published_bytes(like), _bytes(like))(*members)
     return dataclasses.replace(like, blocks=blocks, scales=scales)
+
+
+def _is_key(value: Any) -> bool:
+    return not isinstance(value, Mxfp4) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def _kind_of_key(key: Any) -> str:
+    """Its generator, as `threefry2x32`; only an array can be asked for it, or a tracer."""
+    found = []
+    jax.eval_shape(lambda traced: found.append(jax.random.key_impl(traced)), key)
+    return str(found[0])
+
+
+def _numbers(key: Any) -> Any:
+    if isinstance(key, jax.Array):
+        return jax.random.key_data(key)
+    like = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=key.sharding)
 
 
 # The bytes of an Mxfp4 ---------------------------------------------------------------------------

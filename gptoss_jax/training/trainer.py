@@ -1,188 +1,261 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: a model, batches and an Optax optimiser in, a trained model out.
+"""The loop: a model and batches in, a trained model out, and everything that may happen between.
 
-Given a built model and an iterator of batches; knows no text, files or command line. On a mesh
-parameters, gradients and moments are split alike, and stay where they are from step to step. With
-`mxfp4_experts` the forward pass sees the experts as they will be stored, rounded to MXFP4, while
-the optimiser moves the unrounded ones.
+It takes a run up where its store has it, calls the hooks after each step, saves, and stops: at the
+last step or batch, when a hook asks for it, at a signal, when a checkpoint cannot be written, or
+with an error when the loss is not finite. Knows no text and no command line. The step is in
+step.py, hooks in hooks.py.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from gptoss_jax import sharding
-from gptoss_jax.model.placed import leaf_specs, spread
+from gptoss_jax.distributed import everyones, is_first
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.mxfp4 import BLOCK, pack, unpack
-from gptoss_jax.sharding import Placement
-from gptoss_jax.training.loss import next_token_loss
-from gptoss_jax.training.prefixed import PrefixedBatch
-
-EXPERT_KERNELS = {("gate_up", "kernel"), ("down", "kernel")}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimisation:
-    """AdamW: linear warm-up, cosine decay to 1 % of the peak rate, decay on matrices alone."""
-
-    steps: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    clip_norm: float
-    beta2: float
-
-    def build(self) -> optax.GradientTransformation:
-        """`optax.adamw`, spelled out: the names of its parts are those of a checkpoint."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup_steps, self.steps, 0.01 * self.learning_rate
-        )
-
-        def matrices(params):
-            return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-        return optax.named_chain(
-            ("clip", optax.clip_by_global_norm(self.clip_norm)),
-            ("adam", optax.scale_by_adam(b2=self.beta2)),
-            ("decay", optax.add_decayed_weights(self.weight_decay, mask=matrices)),
-            ("rate", optax.scale_by_learning_rate(schedule)),
-        )
+from gptoss_jax.training.hooks import Hook, Run
+from gptoss_jax.training.metrics import step_metrics
+from gptoss_jax.training.optimisers import Optimisation
+from gptoss_jax.training.signals import SafeStop
+from gptoss_jax.training.step import AnyBatch, Kind, Numbers, Step, StepOptions, TrainState
 
 
-@nnx.dataclass
-class TrainState(nnx.Pytree):
-    """What a step changes. Moments lie on devices as their parameters do."""
+@runtime_checkable
+class Store(Protocol):
+    """What the loop wants of a place for checkpoints, as store.CheckpointStore is one."""
 
-    params: Any = nnx.data()  # a State, as `nnx.split` gives it
-    moments: Any = nnx.data()
+    options: Any  # `every` so many steps
+
+    def save(
+        self, step: int, state: Any, facts: Mapping[str, Any], *, metric: float | None = None
+    ) -> None: ...
+
+    def restore(self, like: TrainState) -> Any: ...
+
+    def wait(self) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    model: Transformer
+    state: TrainState
+    step: int
+    reason: str
+    interrupted: bool  # by a signal: it can be resumed
+    failed: bool  # the last checkpoint could not be written
+    metrics: dict[str, float]  # of the last step, and of the last evaluation
 
 
 def train(
     model: Transformer,
-    batches: Iterator[PrefixedBatch],
+    batches: Iterator[AnyBatch],
     optimisation: Optimisation,
     *,
-    mxfp4_experts: bool = False,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Transformer:
-    """Train all parameters of a model with plain experts; returns a new model.
+    options: StepOptions | None = None,
+    trainable: Kind = nnx.Param,
+    hooks: Sequence[Hook] = (),
+    store: Store | None = None,
+    facts: Mapping[str, Any] | None = None,
+    accept: Callable[[Mapping[str, Any]], None] = lambda facts: None,
+    folder: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Train a model, which stays as it is; the new one shares what is frozen.
 
-    On a mesh every process is given the same batches. `on_step` is called after every step with its
-    number (from 1) and loss. A loss that is not finite stops the run with FloatingPointError.
+    With a `store` the run goes on from its latest checkpoint, bit for bit as if it had not been
+    interrupted, if `batches` have `get_state` and `set_state` (JSON). `facts` are the caller's,
+    saved with each checkpoint; `accept` is given those of the checkpoint and raises an error if the
+    run must not go on with others. `folder` is where hooks write, and where a batch is kept whose
+    loss is not finite: that stops the run with FloatingPointError, the parameters as they were.
+
+    SIGTERM or SIGINT lets the step end, saves, and returns; a second SIGINT stops at once. On a
+    mesh every process is given the same batches, or its own rows of them.
     """
-    step = step_program(model, optimisation, mxfp4_experts=mxfp4_experts)
-    state = first_state(model, optimisation)
-    for number in range(1, optimisation.steps + 1):
-        state, loss = step(state, next(batches))
-        loss = float(loss)
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"loss: expected a finite number, got {loss} at step {number}")
-        on_step(number, loss)
-    return nnx.merge(nnx.graphdef(model), state.params)
+    options = options or StepOptions()
+    if any(hook.group_norms for hook in hooks):
+        options = dataclasses.replace(options, group_norms=True)
+    stepper = Step(model, optimisation, trainable=trainable, options=options)
+    loop = _Loop(stepper, batches, hooks, store, dict(facts or {}), say if is_first() else _silent)
+    run = loop.begin(model, accept, None if folder is None else Path(folder))
+    with SafeStop() as signals:
+        return loop.run_all(run, signals)
 
 
-def first_state(model: Transformer, optimisation: Optimisation) -> TrainState:
-    """A copy of a model's parameters, as steps use up what they are given, and moments of zero."""
-    shardings = _shardings(abstract_state(model, optimisation), model.placement)
-    begin = functools.partial(_begin, optimisation)
-    return jax.jit(begin, out_shardings=shardings)(nnx.state(model))
+def _silent(text: str) -> None:
+    """Only the first process speaks."""
 
 
-def abstract_state(model: Transformer, optimisation: Optimisation) -> TrainState:
-    """The shape, dtype and sharding of each array of the state in which training begins.
+class _Next(NamedTuple):
+    """A batch, the same on its way to the devices, and where the data stand after it."""
 
-    Raises ValueError if the model has parameters that cannot be trained.
-    """
-    if model.packed:
-        raise ValueError(
-            "model: expected plain experts, got MXFP4 bytes, which have no gradient; load or make "
-            "it with experts='bf16'"
+    batch: AnyBatch
+    there: AnyBatch
+    position: Any
+
+
+class _Loop:
+    """What does not change during a run."""
+
+    def __init__(self, stepper, batches, hooks, store, facts, say):
+        self.stepper: Step = stepper
+        self.batches: Any = batches
+        self.hooks: dict[str, Hook] = _named(hooks)
+        self.store: Store | None = store
+        self.facts: dict[str, Any] = facts
+        self.say: Callable[[str], None] = say
+        self.failed = False
+        self.evaluated: dict[str, float] = {}
+
+    def begin(self, model: Transformer, accept: Callable, folder: Path | None) -> Run:
+        """The run at its start, or as the store has it."""
+        if folder is not None and is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+        like, steps = self.stepper.abstract_state(), self.stepper.optimisation.steps
+        found = None if self.store is None else self.store.restore(like)
+        state = self.stepper.first_state(model) if found is None else found.state
+        run = Run(stepper=self.stepper, state=state, steps=steps, folder=folder, say=self.say)
+        if found is not None:
+            accept(found.facts["run"])
+            self._resume(run, found.step, found.facts)
+        return run
+
+    def _resume(self, run: Run, step: int, facts: Mapping[str, Any]) -> None:
+        run.step = step
+        for name, value in facts["counters"].items():
+            setattr(run, name, value)
+        if facts["data"] is not None:
+            self.batches.set_state(facts["data"])
+        for name, state in facts["hooks"].items():
+            if name in self.hooks:
+                self.hooks[name].set_state(state)
+        run.say(f"resumed after step {step}")
+
+    def run_all(self, run: Run, signals: SafeStop) -> Outcome:
+        """All steps there are."""
+        with contextlib.ExitStack() as at_end:
+            for hook in self.hooks.values():
+                at_end.callback(hook.on_stop, run)
+                hook.on_start(run)
+            self._tell_evaluation(run)
+            following = self._following(run, run.step)
+            if following is None and run.step == 0:
+                raise ValueError("batches: expected at least one, got none")
+            while following is not None and run.reason is None:
+                following = self._step(run, following, signals)
+            run.stop("all steps are done" if run.step >= run.steps else "no more batches")
+            if self.store is not None:
+                self._written(run, self.store.wait)
+        metrics = run.metrics | self.evaluated
+        return Outcome(
+            run.model, run.state, run.step, str(run.reason), run.interrupted, self.failed, metrics
         )
-    state = jax.eval_shape(functools.partial(_begin, optimisation), nnx.state(model))
-    shardings = _shardings(state, model.placement)
-    if shardings is None:
-        return state
-    return jax.tree.map(
-        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
-        state,
-        shardings,
-    )
+
+    def _step(self, run: Run, now: _Next, signals: SafeStop) -> _Next | None:
+        """One step, and the batch after it, which is fetched while the devices are busy."""
+        start = time.perf_counter()
+        run.state, numbers = self.stepper(run.state, now.there)
+        following = self._following(run, run.step + 1)
+        numbers: Numbers = jax.device_get(numbers)
+        seconds = time.perf_counter() - start
+        self._check(run, numbers, now.batch)
+        run.step, run.last = run.step + 1, following is None
+        run.tokens += int(numbers.counts.tokens)
+        run.trained_tokens += int(numbers.counts.trained)
+        run.metrics = {
+            "tokens": run.tokens,
+            "trained_tokens": run.trained_tokens,
+            "seconds": run.seconds + seconds,
+            **step_metrics(self.stepper, numbers, seconds),
+        }
+        name = signals.asked(run.step)
+        if name is not None and not run.last:
+            run.interrupted = True
+            run.stop(f"stopped by {name}")
+        run.evaluation, run.metric = {}, None
+        for hook in self.hooks.values():
+            hook.on_step(run)
+        self._tell_evaluation(run)
+        self._save(run, now.position)
+        run.seconds += time.perf_counter() - start
+        return following
+
+    def _following(self, run: Run, done: int) -> _Next | None:
+        batch = next(self.batches, None) if done < run.steps else None
+        if batch is None:
+            return None
+        get_state = getattr(self.batches, "get_state", None)
+        return _Next(batch, self.stepper.put(batch), get_state and get_state())
+
+    def _check(self, run: Run, numbers: Numbers, batch: AnyBatch) -> None:
+        if np.isfinite(numbers.loss) and np.isfinite(numbers.grad_norm):
+            return
+        kept = "give a folder to have its batch kept"
+        if run.folder is not None:
+            which = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+            path = run.folder / f"not-finite-step-{run.step + 1}{which}.npz"
+            fields = [field.name for field in dataclasses.fields(batch)]
+            arrays: dict[str, Any] = {name: np.asarray(getattr(batch, name)) for name in fields}
+            np.savez(path, **arrays)
+            kept = f"its batch is in {path}"
+        raise FloatingPointError(
+            f"loss: expected a finite number, got {numbers.loss} with a gradient of norm "
+            f"{numbers.grad_norm} at step {run.step + 1}; the parameters are those of step "
+            f"{run.step}; {kept}"
+        )
+
+    def _tell_evaluation(self, run: Run) -> None:
+        if run.evaluation:
+            self.evaluated = dict(run.evaluation)
+            for hook in self.hooks.values():
+                hook.on_eval(run)
+
+    def _save(self, run: Run, position: Any) -> None:
+        """Every so many steps, and when the run ends."""
+        ends = run.last or run.reason is not None
+        if self.store is None or not (ends or run.step % self.store.options.every == 0):
+            return
+        seconds = float(everyones(f"{run.seconds:.1f}", "seconds")[0])
+        facts = {
+            "run": self.facts,
+            "data": position,
+            "counters": {
+                "tokens": run.tokens,
+                "trained_tokens": run.trained_tokens,
+                "seconds": seconds,
+            },
+            "hooks": {name: hook.get_state() for name, hook in self.hooks.items()},
+        }
+        save = functools.partial(self.store.save, run.step, run.state, facts, metric=run.metric)
+        if self._written(run, save):
+            for hook in self.hooks.values():
+                hook.on_checkpoint(run)
+
+    def _written(self, run: Run, write: Callable[[], None]) -> bool:
+        """Whether that went well; a disk that is full ends the run, not the process."""
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and jax.process_count() == 1:
+                raise  # of several processes all but the one with the full disk are told so
+            self.failed, run.reason = True, str(error)
+            run.say(run.reason)
+        return not self.failed
 
 
-def _begin(optimisation: Optimisation, params: Any) -> TrainState:
-    return TrainState(jax.tree.map(jnp.copy, params), optimisation.build().init(params))
-
-
-def _shardings(state: TrainState, where: Placement | None) -> TrainState | None:
-    """In the place of each array; moments lie as their parameters do, counts are everywhere."""
-    if where is None:
-        return None
-    shardings = [NamedSharding(where.mesh, spec) for spec in leaf_specs(state, where)]
-    return jax.tree.unflatten(jax.tree.structure(state), shardings)
-
-
-def step_program(
-    model: Transformer, optimisation: Optimisation, *, mxfp4_experts: bool = False
-) -> Callable[[TrainState, PrefixedBatch], tuple[TrainState, jax.Array]]:
-    """A step of training a model like this one: the next state, and the loss before it.
-
-    The state it is given is used up: its buffers are donated.
-    """
-    where = model.placement
-    shardings = _shardings(abstract_state(model, optimisation), where)
-    leaves, tree = jax.tree.flatten((shardings, where and where.sharding()))
-    options = optimisation, mxfp4_experts, where
-    return _step_program(nnx.graphdef(model), *options, tuple(leaves), tree)
-
-
-@functools.lru_cache(maxsize=4)
-def _step_program(graph, optimisation, mxfp4_experts: bool, where, shardings, tree):
-    """The jitted step of one model structure; without shardings jax decides where results lie."""
-    optimiser = optimisation.build()
-
-    def step(state: TrainState, batch: PrefixedBatch) -> tuple[TrainState, jax.Array]:
-        def loss_of(params):
-            seen = _round_experts(params, where) if mxfp4_experts else params
-            return next_token_loss(nnx.merge(graph, seen), batch)
-
-        loss, gradient = jax.value_and_grad(loss_of)(state.params)
-        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its step count with floats
-            updates, moments = optimiser.update(gradient, state.moments, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, moments), loss
-
-    return jax.jit(step, donate_argnums=0, out_shardings=jax.tree.unflatten(tree, shardings))
-
-
-def _round_experts(params: Any, where: Placement | None) -> Any:
-    """Expert kernels as MXFP4 would hold them; the gradient passes as if nothing had happened."""
-    flat = [
-        (path, _rounded(variable, where) if path[-2:] in EXPERT_KERNELS else variable)
-        for path, variable in nnx.to_flat_state(params)
-    ]
-    return nnx.from_flat_state(flat)
-
-
-def _rounded(variable: nnx.Variable, where: Placement | None) -> nnx.Variable:
-    value, names = variable.get_value(), variable.get_metadata("axes")
-    spec = where and where.spec(*names)
-    part = functools.partial(_rounded_part, names[-1])
-    rounded = spread(where, part, (spec,), spec)(jax.lax.stop_gradient(value))
-    return variable.replace(value + jax.lax.stop_gradient(rounded - value))
-
-
-def _rounded_part(name: str, x: jax.Array) -> jax.Array:
-    """One device's part; blocks that several devices share are put together."""
-    if x.shape[-1] % BLOCK == 0:
-        return unpack(pack(x), x.dtype)
-    whole = sharding.gather(x, name, x.ndim - 1)
-    return sharding.own(unpack(pack(whole), x.dtype), name, x.ndim - 1)
+def _named(hooks: Sequence[Hook]) -> dict[str, Hook]:
+    """By the names of their classes, and a number if there are several of one."""
+    named: dict[str, Hook] = {}
+    for hook in hooks:
+        name = type(hook).__name__
+        count = sum(type(other) is type(hook) for other in named.values())
+        named[f"{name} {count + 1}" if count else name] = hook
+    return named

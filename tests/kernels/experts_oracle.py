@@ -29,6 +29,31 @@ class Arrays(NamedTuple):
     down_bias: np.ndarray
 
 
+class Factors(NamedTuple):
+    """b a is added to the weights."""
+
+    a: np.ndarray  # [E, r, inputs]
+    b: np.ndarray  # [E, *outputs, r]
+
+    @property
+    def whole(self) -> np.ndarray:
+        return np.einsum("e...r,eri->e...i", self.b, self.a)
+
+    def slopes(self, of_whole: np.ndarray) -> "Factors":
+        a, b = map(np.nan_to_num, self)  # NaN is in those of experts without rows
+        rows = of_whole.reshape(len(a), -1, a.shape[-1])
+        by_a = np.einsum("eoi,eor->eri", rows, b.reshape(len(a), -1, b.shape[-1]))
+        return Factors(by_a, np.einsum("eoi,eri->eor", rows, a).reshape(b.shape))
+
+
+def adapted_experts(arrays: "Arrays", gate_up: Factors, down: Factors, ids, **options):
+    """The same with factors, added up to whole matrices: the output, the gradients of the arrays
+    and of both factors."""
+    whole = arrays._replace(gate_up=arrays.gate_up + gate_up.whole, down=arrays.down + down.whole)
+    out, slopes = experts(whole, ids, **options)
+    return out, slopes, gate_up.slopes(slopes.gate_up), down.slopes(slopes.down)
+
+
 def experts(arrays: Arrays, ids: np.ndarray, *, alpha: float, limit: float, dout=None):
     """The output [rows, D], and with `dout` also the gradients, as Arrays.
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experts_oracle import Arrays, experts
+from experts_oracle import Arrays, Factors, adapted_experts, experts
 from nearness import assert_near
 
-from gptoss_jax.kernels.expert_matmul import api, cases, grouped
+from gptoss_jax.kernels.expert_matmul import api, cases, grouped, reference
 from gptoss_jax.kernels.expert_matmul.grouped import Tiles
 from gptoss_jax.kernels.expert_matmul.reference import Experts, clamped_swiglu
 
@@ -134,15 +134,19 @@ def test_a_few_pairs_have_a_tile_each():
     assert groups.used.tolist() == [4]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.mesh] if case.here else [])
-        for case in cases.CASES
-    ],
-)
-def test_gradients_of_everything_by_the_chain_rule(case):
+def chain_rule_cases():
+    """With factors, that of many rows and that of few in the usual run."""
+    for case in cases.CASES:
+        yield pytest.param(case, False, id=case.name, marks=[pytest.mark.mesh] if case.here else [])
+        usual = case.name in ("in steps", "one row, five of ten here")
+        name, marks = f"{case.name}, with factors", [] if usual else [pytest.mark.mesh]
+        yield pytest.param(case, True, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("case", "with_factors"), list(chain_rule_cases()))
+def test_gradients_of_everything_by_the_chain_rule(case, with_factors):
     inputs = cases.make_inputs(case)
+    factors = (inputs.gate_up_factors, inputs.down_factors) if with_factors else ()
     flat = {name: getattr(inputs, name).reshape(-1, getattr(inputs, name).shape[-1])
             for name in ("x", "weights", "ids")}  # fmt: skip
     arrays = Arrays(
@@ -154,17 +158,25 @@ def test_gradients_of_everything_by_the_chain_rule(case):
     static = Plain, Tiles(TILE, 1), (cases.ALPHA, cases.LIMIT), False, total
 
     @jax.jit
-    def run(x, weights, *experts):
+    def run(factors, x, weights, *experts):
         ids = jnp.asarray(flat["ids"])[None]
-        return api.run(*static, x[None], ids, weights[None], Experts(*experts))[0]
+        experts = Experts(*experts, *(reference.Factors(*pair) for pair in factors))
+        return api.run(*static, x[None], ids, weights[None], experts)[0]
 
     with jax.default_matmul_precision("highest"):
-        out, pull = jax.vjp(run, *map(jnp.asarray, arrays))
-        slopes = pull(jnp.asarray(dout))
+        out, pull = jax.vjp(run, jax.tree.map(jnp.asarray, factors), *map(jnp.asarray, arrays))
+        slopes_of_factors, *slopes = pull(jnp.asarray(dout))
 
-    wide = Arrays(*(part.astype(np.float64) for part in arrays))
+    wide, wide_factors = jax.tree.map(np.float64, (arrays, factors))
     options = {"alpha": cases.ALPHA, "limit": cases.LIMIT, "dout": dout.astype(np.float64)}
-    out64, slopes64 = experts(wide, flat["ids"], **options)
+    if factors:
+        pairs = [Factors(*pair) for pair in wide_factors]
+        out64, slopes64, *of_factors64 = adapted_experts(wide, *pairs, flat["ids"], **options)
+    else:
+        (out64, slopes64), of_factors64 = experts(wide, flat["ids"], **options), []
     assert_near("out", out, out64, cases.TOLERANCES["float32"])
     for name, got, exact in zip(Arrays._fields, slopes, slopes64, strict=True):
         assert_near(f"d{name}", got, exact, cases.GRADIENT_TOLERANCES["float32"])
+    for got, exact in zip(slopes_of_factors, of_factors64, strict=True):
+        assert_near("da", got[0], exact.a, cases.GRADIENT_TOLERANCES["float32"])
+        assert_near("db", got[1], exact.b, cases.GRADIENT_TOLERANCES["float32"])

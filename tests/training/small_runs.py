@@ -14,8 +14,8 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.prefixed import PrefixedBatch, Row, batches
-from gptoss_jax.training.trainer import Optimisation
 
 OPTIMISATION = Optimisation(
     steps=3, learning_rate=1e-3, warmup_steps=0, weight_decay=0.01, clip_norm=1.0, beta2=0.98

@@ -16,8 +16,8 @@ from small_runs import OPTIMISATION, by_name, random_model
 from gptoss_jax.model.placed import place
 from gptoss_jax.mxfp4 import Mxfp4
 from gptoss_jax.sharding import make_mesh
-from gptoss_jax.training.checkpoint import restore, save
-from gptoss_jax.training.trainer import TrainState, abstract_state, first_state
+from gptoss_jax.training.checkpoint import restore, save, start_saving
+from gptoss_jax.training.step import Step, TrainState
 
 BITS = np.array([0x7FC01234, 0xFFC00000, 0x80000000, 1, 0x3F800000, 0xFF800000], np.uint32)
 
@@ -79,8 +79,9 @@ def test_a_model_moves_to_other_devices(one_layer, tmp_path, experts):
 @pytest.mark.mesh
 def test_a_training_state_moves_to_other_devices(one_layer, tmp_path):
     model = random_model(one_layer)
-    state = random_like(first_state(place(model, eight()), OPTIMISATION), 0)
-    elsewhere = abstract_state(place(model, other_four()), OPTIMISATION)
+    here, there = (place(model, devices()) for devices in (eight, other_four))
+    state = random_like(Step(here, OPTIMISATION).first_state(here), 0)
+    elsewhere = Step(there, OPTIMISATION).abstract_state()
 
     save(tmp_path / "state", state)
     found = restore(tmp_path / "state", elsewhere)
@@ -94,7 +95,8 @@ def test_a_training_state_moves_to_other_devices(one_layer, tmp_path):
 
 def test_names_are_paths(one_layer, tmp_path):
     """They are what a checkpoint promises to later versions."""
-    save(tmp_path / "state", first_state(place(random_model(one_layer), eight()), OPTIMISATION))
+    model = place(random_model(one_layer), eight())
+    save(tmp_path / "state", Step(model, OPTIMISATION).first_state(model))
     save(tmp_path / "packed", {"a": {"b": random_model(one_layer, experts="packed").blocks}})
 
     state, packed = names(tmp_path / "state"), names(tmp_path / "packed")
@@ -222,3 +224,48 @@ def test_like_may_be_a_state_of_its_own_kind(tmp_path):
     found = restore(tmp_path / "state", like)
 
     check_same(found, {"params": {"w": jnp.ones(2)}, "moments": [jnp.zeros(2), jnp.ones(1)]})
+
+
+def test_random_keys(tmp_path):
+    """Typed ones, of each generator; in the place and of the kind that `like` has."""
+    rows = NamedSharding(eight(), PartitionSpec("fsdp"))
+    state = {
+        "one": jax.random.key(7),
+        "rbg": jax.random.key(8, impl="rbg"),
+        "many": jax.device_put(jax.random.split(jax.random.key(9), 4), rows),
+    }
+    like = dict(state, one=jax.random.key(0))
+    like["many"] = jax.ShapeDtypeStruct((4,), state["many"].dtype, sharding=rows)
+
+    save(tmp_path / "state", state)
+    found = restore(tmp_path / "state", like)
+
+    assert names(tmp_path / "state") == {"one.threefry2x32", "rbg.rbg", "many.threefry2x32"}
+    for name, key in state.items():
+        assert found[name].dtype == key.dtype
+        assert found[name].sharding.is_equivalent_to(key.sharding, key.ndim)
+        assert np.array_equal(jax.random.key_data(found[name]), jax.random.key_data(key))
+    with pytest.raises(ValueError, match="missing one.rbg; unknown one.threefry2x32"):
+        restore(tmp_path / "state", dict(like, one=jax.random.key(0, impl="rbg")))
+
+
+def test_arrays_may_be_donated_when_saving_has_begun(tmp_path):
+    """And are: their memory has other numbers long before all is written."""
+    rows = NamedSharding(eight(), PartitionSpec("fsdp", "tensor"))
+    split = jax.jit(lambda: jnp.arange(64.0).reshape(8, 8), out_shardings=rows)()
+    state = {"one": jnp.arange(5e5), "split": split}
+    places = [shard.data.unsafe_buffer_pointer() for shard in shards(state)]
+    minus = jax.jit(lambda x: -x, donate_argnums=0)
+
+    finish = start_saving(tmp_path / "state", state)
+    after = jax.block_until_ready(jax.tree.map(minus, state))
+    finish()
+
+    assert [shard.data.unsafe_buffer_pointer() for shard in shards(after)] == places
+    found = restore(tmp_path / "state", after)
+    assert np.array_equal(found["one"], np.arange(5e5, dtype=np.float32))
+    assert np.array_equal(found["split"], np.arange(64.0).reshape(8, 8))
+
+
+def shards(state):
+    return [shard for array in jax.tree.leaves(state) for shard in array.addressable_shards]

@@ -14,7 +14,7 @@ from small_runs import ONE_LAYER, SLOW, random_model
 from gptoss_jax.model.placed import place
 from gptoss_jax.sharding import make_mesh
 from gptoss_jax.training.checkpoint import restore
-from gptoss_jax.training.trainer import abstract_state
+from gptoss_jax.training.step import Step
 
 LIMIT = 120.0  # seconds
 MESH = {"fsdp": 2, "expert": 2, "tensor": 2}  # two processes have half of every parameter each
@@ -24,18 +24,24 @@ from small_runs import *
 from gptoss_jax.model.placed import place
 from gptoss_jax.sharding import make_mesh
 from gptoss_jax.training.checkpoint import restore, save
-from gptoss_jax.training.trainer import abstract_state, first_state, step_program, train
+from gptoss_jax.training.hooks import Hook
+from gptoss_jax.training.step import Step
+from gptoss_jax.training.trainer import train
+
+class Losses(Hook):
+    def on_step(self, run):
+        losses.append(run.metrics["loss"])
 
 model = place(random_model(ONE_LAYER), make_mesh(**sizes))
-batch, step = random_batch(ONE_LAYER.vocab_size), step_program(model, SLOW)
-state, first = step(first_state(model, SLOW), batch)
+batch, step = random_batch(ONE_LAYER.vocab_size), Step(model, SLOW)
+state, first = step(step.first_state(model), batch)
 save(folder + "/first", state)
 state, second = step(state, batch)
 save(folder + "/second", state)
-state = restore(folder + "/first", abstract_state(model, SLOW))
+state = restore(folder + "/first", step.abstract_state())
 _, again = step(state, batch)
 losses = []
-train(model, iter([batch] * 3), SLOW, on_step=lambda _, loss: losses.append(loss))
+train(model, iter([batch] * 3), SLOW, hooks=[Losses()])
 
 errors = []
 packed = random_model(ONE_LAYER, experts="packed")
@@ -50,7 +56,7 @@ for wrong in (
         errors.append(str(error).replace(folder, ""))
 save(folder + "/packed", place(packed, make_mesh(**sizes)))
 if process == 0:
-    print(json.dumps([[float(loss) for loss in (first, second, again)], losses, errors]))
+    print(json.dumps([[float(one.loss) for one in (first, second, again)], losses, errors]))
 """
 ONCE = [
     "folder: expected a new one, got /first, which exists; choose another",
@@ -96,7 +102,7 @@ def test_losses(runs):
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_states(runs, name):
     """What two processes saved comes back in one, on other devices."""
-    like = abstract_state(place(random_model(ONE_LAYER), make_mesh(fsdp=4)), SLOW)
+    like = Step(place(random_model(ONE_LAYER), make_mesh(fsdp=4)), SLOW).abstract_state()
 
     expected, found = (restore(folder / name, like) for folder, _ in runs)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from gptoss_jax.device import interpreting
 from gptoss_jax.kernels.dispatch import Choice, Implementation, Op, tuned
 from gptoss_jax.kernels.expert_matmul import grouped, reference
-from gptoss_jax.kernels.expert_matmul.reference import Experts
+from gptoss_jax.kernels.expert_matmul.reference import Experts, Factors
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4, check_mxfp4
 
 MOST_DECODED = 256  # rows at a time that are decoding, not reading a prompt or training
@@ -54,6 +54,8 @@ def expert_mlp(
     gate_up_bias: Float[jax.Array, "E 2 F"],
     down: Float[jax.Array, "E D F"] | Mxfp4,
     down_bias: Float[jax.Array, "E D"],
+    gate_up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
     *,
     alpha: float,
     limit: float,
@@ -66,6 +68,8 @@ def expert_mlp(
     y_e = down[e] a + down_bias[e]. The result is the sum over the token's experts of weight * y_e,
     in x's dtype; products accumulate in float32. Any routing is legal, no row is ever dropped.
     Differentiable in x, expert_weights, the biases and plain weights; bytes have no gradient.
+    Factors `a [E r I]`, `b [E *out r]` stand for weights + b a, differentiably, and no such sum of
+    matrices is ever made; both products are in x's dtype.
 
     `num_experts` counts the experts of all devices together, if these E are but some of them: ids
     outside [0, E) belong to other devices and add nothing, here or to any gradient.
@@ -75,13 +79,14 @@ def expert_mlp(
     available here, a named one runs or raises ValueError with every reason why not.
     """
     _check(x, gate_up, down, num_experts)
+    _check_factors(gate_up, gate_up_factors, down, down_factors)
     B, T, D = x.shape
     problem = Problem(
         B * T, expert_ids.shape[-1], gate_up.shape[0], D, gate_up.shape[2], str(x.dtype),
         isinstance(gate_up, Mxfp4), num_experts,
     )  # fmt: skip
     choice, tiles = choose(problem, implementation)
-    experts = Experts(gate_up, gate_up_bias, down, down_bias)
+    experts = Experts(gate_up, gate_up_bias, down, down_bias, gate_up_factors, down_factors)
     static = choice.module, tiles, (float(alpha), float(limit)), interpreting(), num_experts
     return run(*static, x, expert_ids, expert_weights, experts)
 
@@ -131,6 +136,25 @@ def _check(x, gate_up, down, total_experts: int | None) -> None:
         )
 
 
+def _check_factors(gate_up, gate_up_factors, down, down_factors) -> None:
+    problems = []
+    for name, weights, factors in (
+        ("gate_up_factors", gate_up, gate_up_factors),
+        ("down_factors", down, down_factors),
+    ):
+        if factors is None:
+            continue
+        (experts, *outputs, inputs), got = weights.shape, (factors.a.shape, factors.b.shape)
+        rank = factors.a.shape[1] if factors.a.ndim == 3 else 0
+        if got != ((experts, rank, inputs), (experts, *outputs, rank)):
+            problems.append(
+                f"{name}: expected a [E r I] = [{experts}, r, {inputs}] and b [E *out r] = "
+                f"{[experts, *outputs]} + [r], got {list(got[0])} and {list(got[1])}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems) + "; are two axes swapped?")
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def run(
     module, tiles, scalars, interpret: bool, total_experts: int | None,
@@ -153,9 +177,11 @@ def run(
         )
     else:
         static = grouped.Static(module, alpha, limit, tiles, interpret, total_experts)
+        factors = experts.down_factors
         one = experts._replace(
             down=jax.tree.map(lambda leaf: leaf[:, None], experts.down),
             down_bias=experts.down_bias[:, None],
+            down_factors=factors and factors._replace(b=factors.b[:, None]),
         )
         y = grouped.run_experts(static, rows, ids, weights, one)
     return y.reshape(x.shape).astype(x.dtype)

@@ -14,6 +14,7 @@ import numpy as np
 B, T = 9, 11
 D, F = 160, 224
 E, A = 10, 4
+RANK = 3
 ALPHA, LIMIT = 1.702, 7.0
 
 # dtype -> (quantile, largest |difference| there), in units of the root mean square of the exact
@@ -38,7 +39,8 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Plain weights and MXFP4 bytes; `packed` cases use the bytes."""
+    """Plain weights and MXFP4 bytes, of which `packed` cases use the bytes; factors of low rank,
+    which some tests use."""
 
     x: np.ndarray  # [B, T, D]
     ids: np.ndarray  # [B, T, A]
@@ -49,6 +51,8 @@ class Inputs(NamedTuple):
     down_bias: np.ndarray
     gate_up_bytes: tuple[np.ndarray, np.ndarray]  # blocks [E, 2, F, 5, 16], scales [E, 2, F, 5]
     down_bytes: tuple[np.ndarray, np.ndarray]  # blocks [E, D, 7, 16], scales [E, D, 7]
+    gate_up_factors: tuple[np.ndarray, np.ndarray]  # [E, RANK, D], [E, 2, F, RANK]
+    down_factors: tuple[np.ndarray, np.ndarray]  # [E, RANK, F], [E, D, RANK]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -72,6 +76,8 @@ def make_inputs(case: Case) -> Inputs:
         down_bias=normal(E, D),
         gate_up_bytes=random_bytes(rng, E, 2, F, D),
         down_bytes=random_bytes(rng, E, D, F),
+        gate_up_factors=(normal(E, RANK, D) * np.float32(D**-0.5), normal(E, 2, F, RANK)),
+        down_factors=(normal(E, RANK, F) * np.float32(F**-0.5), normal(E, D, RANK)),
     )
     return poisoned(part(inputs, *case.here)) if case.here else inputs
 
@@ -90,7 +96,8 @@ def poisoned(inputs: Inputs) -> Inputs:
     idle = np.setdiff1d(np.arange(num_experts), inputs.ids[here])
     inputs.x[~here.any(axis=-1)] = np.nan
     inputs.weights[~here] = np.nan
-    for array in (inputs.gate_up, inputs.gate_up_bias, inputs.down, inputs.down_bias):
+    plain = inputs.gate_up, inputs.gate_up_bias, inputs.down, inputs.down_bias
+    for array in (*plain, *inputs.gate_up_factors, *inputs.down_factors):
         array[idle] = np.nan
     for _, scales in (inputs.gate_up_bytes, inputs.down_bytes):
         scales[idle] = 255

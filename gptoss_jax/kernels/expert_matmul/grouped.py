@@ -9,8 +9,9 @@ combining and the chain rule are here, once for all of them:
     dh = dout down                 dw = h dh + bias dout
     du = swiglu'(u) (w dh)         drows = du gate_up
 
-The backward pass computes u and h again, from the bytes where the weights are packed: nothing else
-is kept.
+Where experts have factors of low rank, low_rank.py adds what these do to u, y, dh and drows. The
+backward pass computes u and h again, from the bytes where the weights are packed: nothing else is
+kept.
 """
 
 import functools
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.kernels.expert_matmul.reference import Experts, clamped_swiglu
+from gptoss_jax.kernels.expert_matmul import low_rank
+from gptoss_jax.kernels.expert_matmul.reference import Experts, Factors, clamped_swiglu
 from gptoss_jax.mxfp4 import Mxfp4
 
 FEW_PAIRS = 16  # up to this many pairs are not worth sorting
@@ -140,9 +142,28 @@ def run_experts(
     """
     groups = _group(static, ids, experts)
     rows = take_rows(x, groups)
-    h = static.kernels.hidden(static, rows, experts.gate_up, experts.gate_up_bias, groups)
-    y = static.kernels.product(static, h, experts.down, experts.down_bias, groups)[:, 0]
+    h = _hidden(static, rows, experts, groups)
+    y = static.kernels.product(static, h, experts.down, experts.down_bias, groups)
+    y = _adapted(y, h, experts.down_factors, groups)[:, 0]
     return (_by_pair(static, y, groups, ids) * weights[..., None]).sum(axis=1)
+
+
+def _hidden(static: Static, rows, experts: Experts, groups: Groups) -> Float[Array, "rows F"]:
+    if experts.gate_up_factors is None:
+        return static.kernels.hidden(static, rows, experts.gate_up, experts.gate_up_bias, groups)
+    u = _gate_and_up(static, rows, experts, groups)
+    swiglu = functools.partial(clamped_swiglu, alpha=static.alpha, limit=static.limit)
+    return swiglu(u[:, 0], u[:, 1]).astype(rows.dtype)
+
+
+def _gate_and_up(static: Static, rows, experts: Experts, groups: Groups):
+    u = static.kernels.product(static, rows, experts.gate_up, experts.gate_up_bias, groups)
+    return _adapted(u, rows, experts.gate_up_factors, groups)
+
+
+def _adapted(y: Float[Array, "rows P X"], rows, factors: Factors | None, groups: Groups):
+    """With what the factors make of the rows, if there are any."""
+    return y if factors is None else y + low_rank.product(rows, factors, groups.expert_of_tile)
 
 
 def _forward(static, x, ids, weights, experts):
@@ -151,18 +172,17 @@ def _forward(static, x, ids, weights, experts):
 
 def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
     x, ids, weights, experts = residuals
-    kernels, num_experts = static.kernels, experts.down_bias.shape[0]
+    num_experts = experts.down_bias.shape[0]
     groups = _group(static, ids, experts)
     rows = take_rows(x, groups)
     drows_out = take_rows(dout.astype(x.dtype), groups)
 
     real = (groups.token_of_row < x.shape[0])[:, None]
-    u = kernels.product(static, rows, experts.gate_up, experts.gate_up_bias, groups)
-    u = jnp.where(real[..., None], u, 0.0)
+    u = jnp.where(real[..., None], _gate_and_up(static, rows, experts, groups), 0.0)
     swiglu = functools.partial(clamped_swiglu, alpha=static.alpha, limit=static.limit)
     h, pull = jax.vjp(swiglu, u[:, 0], u[:, 1])
-    dh = kernels.product_back(static, drows_out[:, None], experts.down, groups)
-    dh = jnp.where(real, dh, 0.0)
+    back = functools.partial(_back, static, groups)
+    dh = jnp.where(real, back(drows_out[:, None], experts.down, experts.down_factors), 0.0)
 
     expert_of_row = jnp.repeat(groups.expert_of_tile, static.tiles.rows)
     bias = experts.down_bias[:, 0].astype(jnp.float32)[expert_of_row]
@@ -170,7 +190,7 @@ def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
     share = jnp.zeros(rows.shape[:1], jnp.float32).at[groups.row_of_pair].set(weights.reshape(-1))
     du = jnp.stack(pull(share[:, None] * dh), axis=1)
     dy = share[:, None] * drows_out.astype(jnp.float32)
-    drows = kernels.product_back(static, du.astype(x.dtype), experts.gate_up, groups)
+    drows = back(du.astype(x.dtype), experts.gate_up, experts.gate_up_factors)
 
     in_expert = jax.nn.one_hot(expert_of_row, num_experts, dtype=jnp.float32)
     dexperts = Experts(
@@ -178,6 +198,8 @@ def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
         _bias_gradient(in_expert, du, experts.gate_up_bias),
         _weights_gradient(static, dy[:, None], h, groups, experts.down),
         _bias_gradient(in_expert, dy[:, None], experts.down_bias),
+        _factors_gradient(du, rows, experts.gate_up_factors, groups, real),
+        _factors_gradient(dy[:, None], h.astype(x.dtype), experts.down_factors, groups, real),
     )
     return (
         _by_pair(static, drows, groups, ids).sum(axis=1).astype(x.dtype),
@@ -188,6 +210,20 @@ def _backward(static: Static, residuals, dout: Float[Array, "R D"]):
 
 
 run_experts.defvjp(_forward, _backward)
+
+
+def _back(static: Static, groups: Groups, dy: Float[Array, "rows P X"], weights, factors):
+    """How gradients go through a product and what factors add to it, in float32."""
+    drows = static.kernels.product_back(static, dy, weights, groups)
+    if factors is None:
+        return drows
+    return drows + low_rank.product_back(dy, factors, groups.expert_of_tile)
+
+
+def _factors_gradient(dy, rows, factors: Factors | None, groups: Groups, real):
+    if factors is None:
+        return None
+    return low_rank.gradient(dy, rows, factors, groups.expert_of_tile, real)
 
 
 def _weights_gradient(static: Static, left, right, groups: Groups, weights) -> Any:

@@ -28,6 +28,13 @@ def why_not(problem, kind: str) -> list[str]:
     return []
 
 
+class Factors(NamedTuple):
+    """A matrix of low rank, b a, to be added to the weights of each expert, or of one."""
+
+    a: Float[Array, "*E r I"]
+    b: Float[Array, "*E_and_outputs r"]
+
+
 class Experts(NamedTuple):
     """The weights of all experts (leading axis E), or of one expert (without it)."""
 
@@ -35,6 +42,8 @@ class Experts(NamedTuple):
     gate_up_bias: Float[Array, "*E 2 F"]
     down: Any  # [*E D F], Mxfp4 or Halves
     down_bias: Float[Array, "*E D"]
+    gate_up_factors: Factors | None = None
+    down_factors: Factors | None = None
 
     def one(self, expert: Int[Array, ""], dtype) -> "Experts":
         """One expert's weights, unpacked where they are packed."""
@@ -70,11 +79,20 @@ def clamped_swiglu(
 
 def _through_one(static: Static, x: Float[Array, "R D"], expert: Experts) -> Float[Array, "R D"]:
     """Rows through one expert, float32 outside the two products."""
-    u = _product(expert.gate_up, x.T)
+    u = _adapted_product(expert.gate_up, expert.gate_up_factors, x.T)
     gate, up = u + expert.gate_up_bias.astype(jnp.float32)[:, :, None]
     hidden = clamped_swiglu(gate, up, alpha=static.alpha, limit=static.limit)
-    y = _product(expert.down, hidden.astype(x.dtype))
+    y = _adapted_product(expert.down, expert.down_factors, hidden.astype(x.dtype))
     return (y + expert.down_bias.astype(jnp.float32)[:, None]).T
+
+
+def _adapted_product(weights: Any, factors: Factors | None, rows: Float[Array, "I R"]):
+    """(weights + b a) rows, without ever adding the matrices up."""
+    y = _product(weights, rows)
+    if factors is None:
+        return y
+    between = _product(factors.a.astype(rows.dtype), rows).astype(rows.dtype)
+    return y + _product(factors.b.astype(rows.dtype), between)
 
 
 def _product(weights: Any, rows: Float[Array, "I R"]):
@@ -270,9 +288,9 @@ def _trainable(of_one: Experts, experts: Experts) -> Experts:
 
 
 def _cotangent(primal, gradient):
-    """The gradient in the primal's dtype, or JAX's empty float0 for integers."""
+    """The gradients in their primals' dtypes, or JAX's empty float0 for integers."""
     if gradient is not None:
-        return gradient.astype(primal.dtype)
+        return jax.tree.map(lambda leaf, slope: slope.astype(leaf.dtype), primal, gradient)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), primal)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations that the tests of this folder share: a few by hand, the rest from a fixed seed.
+"""Conversations that several tests share: a few by hand, the rest from a fixed seed.
 
 Every case ends in an answer, so that it is a training example, and without its last assistant
 messages a prompt.

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dataset held against a profile's rules: everything wrong with it at once, and what it holds.
+
+Errors are what the profile refuses; warnings are rows that can be read but may not be what was
+meant. `profiles.py` has the rules, `tally.py` counts; `gptoss data check` prints the report.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from gptoss_jax.training.formats import Format, RowProblems, conversation_of, recognise
+from gptoss_jax.training.profiles import PROFILES, Fault, Harmony
+from gptoss_jax.training.sources import SourceRow, expand, parquet_header, read_file, size_of
+from gptoss_jax.training.tally import Tally, TokenOptions
+
+Severity = Literal["error", "warning"]
+Profile = Literal["harmony", "together", "openai"]
+MAX_KEPT = 10_000  # findings of a kind that a report shows; all are counted
+
+
+class Finding(NamedTuple):
+    """A fault and where it is: `line` of the file, and `at`, the JSON path in that row."""
+
+    severity: Severity
+    kind: str
+    path: str
+    line: int | None
+    at: str
+    text: str
+
+    def __str__(self) -> str:
+        line = "" if self.line is None else f":{self.line}"
+        at = f" {self.at}:" if self.at else ""
+        return f"{self.path}{line}:{at} {self.text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    `findings` hold the first MAX_KEPT of each kind, in order; `kinds` count all of them, by
+    severity and kind. `files` and `statistics` are plain JSON values.
+    """
+
+    profile: str
+    files: list[dict[str, Any]]
+    findings: list[Finding]
+    kinds: dict[Severity, dict[str, int]]
+    statistics: dict[str, Any]
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.kinds["error"].values())
+
+    @property
+    def num_warnings(self) -> int:
+        return sum(self.kinds["warning"].values())
+
+    @property
+    def passed(self) -> bool:
+        return self.num_errors == 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "profile": self.profile,
+            "passed": self.passed,
+            "errors": self.num_errors,
+            "warnings": self.num_warnings,
+            "kinds": self.kinds,
+            "files": self.files,
+            "statistics": self.statistics,
+            "findings": [finding._asdict() for finding in self.findings],
+        }
+
+
+def check(
+    paths: str | Iterable[str],
+    *,
+    profile: Profile = "harmony",
+    tokens: TokenOptions | None = None,
+) -> Report:
+    """Read all files of `paths` and report everything at once; without `tokens` none are counted.
+
+    A path without a file is an error of the report, too.
+    """
+    if profile not in PROFILES:
+        known = ", ".join(PROFILES)
+        raise ValueError(f"profile: expected one of {known}, got {profile!r}; choose one")
+    run = _Run(Tally(tokens))
+    for path in [paths] if isinstance(paths, str) else map(str, paths):
+        files = expand(path)
+        if not files:
+            text = "expected a file of rows, got none; check the path"
+            run.add(path, None, [Fault("found", "", text)])
+        for file in files:
+            run.read(file, PROFILES[profile]())
+    return run.report(profile)
+
+
+class _Run:
+    """What is known after the rows read so far."""
+
+    def __init__(self, tally: Tally):
+        self._tally = tally
+        self._files: list[dict[str, Any]] = []
+        self._findings: list[Finding] = []
+        self._kinds: Counter[tuple[Severity, str]] = Counter()
+        self._formats: Counter[str] = Counter()
+        self._warned: set[tuple[str, str]] = set()  # files and columns, once each
+
+    def add(self, path: str, line: int | None, faults: Iterable[Fault]) -> int:
+        """Note faults of a row or a file; returns how many were errors."""
+        errors = 0
+        for kind, at, text, is_warning in faults:
+            severity: Severity = "warning" if is_warning else "error"
+            self._kinds[severity, kind] += 1
+            errors += not is_warning
+            if self._kinds[severity, kind] <= MAX_KEPT:
+                self._findings.append(Finding(severity, kind, path, line, at, text))
+        return errors
+
+    def read(self, path: str, rules: Harmony) -> None:
+        """Check one file."""
+        facts: dict[str, Any] = {"path": path, "bytes": size_of(path), "rows": 0, "errors": 0}
+        self._files.append(facts)
+        faults = list(_file_faults(path, facts["bytes"], rules))
+        if not faults and path.endswith(".parquet") and not rules.reads_parquet:
+            facts["rows"], faults = _header_faults(path, rules)
+        elif not faults:
+            for row in read_file(path):
+                facts["rows"] += 1
+                facts["errors"] += self._row(row, rules)
+        if not faults and facts["rows"] < rules.min_rows:
+            text = f"expected at least {rules.min_rows} rows, got {facts['rows']}; add some"
+            faults = [Fault("has_min_samples", "", text)]
+        facts["errors"] += self.add(path, None, faults)
+
+    def report(self, profile: str) -> Report:
+        kinds: dict[Severity, dict[str, int]] = {"error": {}, "warning": {}}
+        for (severity, kind), count in self._kinds.items():
+            kinds[severity][kind] = count
+        statistics = {
+            "files": len(self._files),
+            "bytes": sum(facts["bytes"] for facts in self._files),
+            "rows": sum(facts["rows"] for facts in self._files),
+            "usable_rows": self._formats.total(),
+            "formats": dict(self._formats),
+            **self._tally.statistics(),
+        }
+        return Report(profile, self._files, self._findings, kinds, statistics)
+
+    def _row(self, row: SourceRow, rules: Harmony) -> int:
+        """Check and count one row; returns how many errors it has."""
+        if row.fields is None:
+            return self.add(row.path, row.line, [Fault("unreadable", "", row.error or "")])
+        try:
+            conversation, problems = conversation_of(row.fields), ()
+        except RowProblems as error:
+            conversation, problems = None, error.problems
+        faults = rules.row(row.fields, problems)
+        if conversation is not None:
+            faults += self._tally.add(conversation, f"{row.path}:{row.line}")
+            faults += self._unused(row)
+        return self.add(row.path, row.line, faults) if faults else 0
+
+    def _unused(self, row: SourceRow) -> Iterator[Fault]:
+        """Count the row's format, and warn of columns that it has no use for."""
+        assert row.fields is not None
+        found, unused = recognise(row.fields)
+        assert isinstance(found, Format)
+        self._formats[found.name] += 1
+        for column in unused:
+            if (row.path, column) not in self._warned:
+                self._warned.add((row.path, column))
+                text = f"a column that {found.name} has no use for; from here on it is left out"
+                yield Fault("unused_column", column, text, True)
+
+
+def _file_faults(path: str, size: int, rules: Harmony) -> Iterator[Fault]:
+    if not path.endswith(rules.suffixes):
+        known = ", ".join(rules.suffixes)
+        yield Fault("filetype", "", f"expected {known}, got another kind of file; convert it")
+    if size == 0:
+        yield Fault("file_size", "", "expected rows, got an empty file; write some")
+    if rules.max_bytes is not None and size > rules.max_bytes:
+        most = f"{rules.max_bytes / 2**30:.1f} GiB"
+        yield Fault("file_size", "", f"expected at most {most}, got {size / 2**30:.1f}; split it")
+
+
+def _header_faults(path: str, rules: Harmony) -> tuple[int, list[Fault]]:
+    """Rows of a Parquet file, and what is wrong with its columns."""
+    try:
+        names, rows = parquet_header(path)
+    except ValueError as error:
+        return 0, [Fault("load_parquet", "", str(error))]
+    return rows, rules.columns(names)

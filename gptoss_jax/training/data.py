@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a run, as options: files of conversations -> batches of packed rows.
+
+Every process reads all files and knows which documents stand in which row, so the order is the same
+for any number of them; each fills the rows that its devices hold. `sources.py` and `formats.py`
+read, `masks.py` tokenizes, `packing.py` and `documents.py` make batches.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from gptoss_jax.harmony import SystemSettings, Tokenizer
+from gptoss_jax.training import masks
+from gptoss_jax.training.documents import Batches, Counts, Documents
+from gptoss_jax.training.formats import RowProblems, conversation_of
+from gptoss_jax.training.packing import RowOrder
+from gptoss_jax.training.sources import SourceRow, read_rows
+
+TooLong = Literal["leave-out", "truncate", "error"]
+SHOWN_ERRORS = 20
+# Options that do not decide which tokens come when; the files are compared by their tokens.
+_NOT_ORDER = ("train", "eval", "epochs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which rows there are, what is learnt of them, and how they become batches."""
+
+    train: tuple[str, ...]  # files, folders, globs or URLs
+    eval: tuple[str, ...] = ()  # held out
+    length: int = 2048  # tokens of a packed row
+    rows: int = 8  # packed rows of a step, on all devices together
+    mask: masks.Mask = "assistant"  # what is learnt: see masks.tokenize
+    expand_turns: bool = False  # a row for each turn, so that the reasoning of all is learnt
+    too_long: TooLong = "leave-out"  # or "truncate": keep the beginning; or "error"
+    packing: bool = True  # several documents in a row
+    shuffle: bool = True  # anew in each epoch
+    seed: int = 0  # of the order
+    epochs: int | None = None  # None: until the run has its steps
+    # The system message; a row's own effort goes before this one.
+    effort: str = "medium"
+    date: str | None = None  # YYYY-MM-DD; None leaves the line out
+    knowledge_cutoff: str | None = SystemSettings.knowledge_cutoff
+    identity: str | None = SystemSettings.identity
+    builtin_tools: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        problems = [
+            f"{name}: expected {expected}, got {getattr(self, name)!r}"
+            for name, expected, right in (
+                ("train", "at least one path", bool(self.train)),
+                ("length", "at least 2 tokens", self.length >= 2),
+                ("rows", "at least 1", self.rows >= 1),
+                ("mask", " or ".join(masks.MASKS), self.mask in masks.MASKS),
+                ("too_long", " or ".join(get_args(TooLong)), self.too_long in get_args(TooLong)),
+                ("seed", "a number from 0 up", self.seed >= 0),
+                ("epochs", "at least 1, or none", self.epochs is None or self.epochs >= 1),
+            )
+            if not right
+        ]
+        try:
+            self.settings()
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def settings(self) -> SystemSettings:
+        """What the system message of every row says."""
+        return SystemSettings(
+            reasoning_effort=self.effort,
+            current_date=self.date,
+            knowledge_cutoff=self.knowledge_cutoff,
+            identity=self.identity,
+            builtin_tools=self.builtin_tools,
+        )
+
+
+def load_rows(
+    paths: Sequence[str],
+    options: DataOptions,
+    *,
+    tokenizer: Tokenizer,
+    read: Callable[[Sequence[str]], Iterable[SourceRow]] = read_rows,
+) -> Documents:
+    """All rows of `paths`, tokenized.
+
+    One ValueError lists everything wrong with them, by file and line; it is one, too, if no row is
+    left to train on.
+    """
+    problems: list[str] = []
+    kept: list[masks.TokenRow] = []
+    tally: collections.Counter[str] = collections.Counter()
+    for source in read(paths):
+        for row in _token_rows(source, options, tokenizer, problems):
+            fate = _fate(row, options)
+            tally.update(["read", fate, *["with_specials"] * (row.specials > 0)])
+            if fate == "error":
+                problems.append(_excess(source, len(row.tokens), options.length))
+            elif fate in ("kept", "truncated"):
+                kept.append(_cut(row, options.length))
+    counts = Counts(**{field.name: tally[field.name] for field in dataclasses.fields(Counts)})
+    _raise(problems)
+    _check_any(kept, counts, paths, options)
+    return Documents(
+        np.concatenate([row.tokens for row in kept]),
+        np.concatenate([row.weights for row in kept]),
+        np.array([0, *itertools.accumulate(len(row.tokens) for row in kept)]),
+        counts,
+    )
+
+
+def _token_rows(
+    source: SourceRow, options: DataOptions, tokenizer: Tokenizer, problems: list[str]
+) -> Iterator[masks.TokenRow]:
+    """What one row of a file becomes; what is wrong with it goes to `problems`."""
+    where = f"{source.path}:{source.line}"
+    if source.fields is None:
+        problems.append(f"{where}: {source.error}")
+        return
+    try:
+        conversation = conversation_of(source.fields)
+        expanded = masks.expand_turns(conversation) if options.expand_turns else [conversation]
+        for one in expanded:
+            yield masks.tokenize(
+                one, tokenizer=tokenizer, settings=options.settings(), mask=options.mask
+            )
+    except RowProblems as error:
+        problems += [f"{where}: {problem}" for problem in error.problems]
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+
+
+def _fate(row: masks.TokenRow, options: DataOptions) -> str:
+    """What becomes of a row: a name in Counts, or "kept" or "error"."""
+    is_long = len(row.tokens) > options.length
+    if is_long and options.too_long != "truncate":
+        return "error" if options.too_long == "error" else "too_long"
+    if not _cut(row, options.length).trained:
+        return "nothing_to_train"
+    return "truncated" if is_long else "kept"
+
+
+def _excess(source: SourceRow, number: int, length: int) -> str:
+    return (
+        f"{source.path}:{source.line}: row: expected at most length={length} tokens, got {number}; "
+        'raise length, shorten the row, or set too_long to "leave-out" or "truncate"'
+    )
+
+
+def _cut(row: masks.TokenRow, length: int) -> masks.TokenRow:
+    return dataclasses.replace(row, tokens=row.tokens[:length], weights=row.weights[:length])
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if not problems:
+        return
+    shown = "\n".join(problems[:SHOWN_ERRORS])
+    more = f"\nand {len(problems) - SHOWN_ERRORS} more" if len(problems) > SHOWN_ERRORS else ""
+    raise ValueError(
+        f"rows: expected rows that can be trained on, got {len(problems)} problems; correct them, "
+        f"`gptoss data check` lists all:\n{shown}{more}"
+    )
+
+
+def _check_any(
+    kept: Sequence[masks.TokenRow], counts: Counts, paths: Sequence[str], options: DataOptions
+) -> None:
+    if not kept:
+        raise ValueError(
+            f"{', '.join(paths)}: expected rows to train on, got {counts.read} rows, of them "
+            f"{counts.too_long} longer than length={options.length} tokens and "
+            f"{counts.nothing_to_train} with nothing to train under mask={options.mask!r}; raise "
+            "length or choose another mask"
+        )
+
+
+def batches(
+    documents: Documents, options: DataOptions, *, here: Sequence[int] | None = None
+) -> Batches:
+    """Batches to train on, epoch after epoch; one may hold the end of an epoch and the next.
+
+    `here` are the rows of a batch that this process needs (`documents.rows_here`), all by default.
+    The last batch of the last epoch is filled up with padding.
+    """
+    seed = options.seed if options.shuffle else None
+    return _batches(documents, options, here, seed=seed, epochs=options.epochs)
+
+
+def one_pass(
+    documents: Documents, options: DataOptions, *, here: Sequence[int] | None = None
+) -> Batches:
+    """Batches to evaluate on: each document once, in the order of the files."""
+    return _batches(documents, options, here, seed=None, epochs=1)
+
+
+def _batches(
+    documents: Documents,
+    options: DataOptions,
+    here: Sequence[int] | None,
+    *,
+    seed: int | None,
+    epochs: int | None,
+) -> Batches:
+    order = RowOrder(
+        documents.lengths,
+        capacity=options.length,
+        packing=options.packing,
+        seed=seed,
+        epochs=epochs,
+    )
+    here = range(options.rows) if here is None else here
+    return Batches(documents, order, num_rows=options.rows, here=here)
+
+
+def order_fields(options: DataOptions) -> dict[str, Any]:
+    """The options that decide which tokens come when, as JSON values, to be kept with a run."""
+    fields = dataclasses.asdict(options)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+        if name not in _NOT_ORDER
+    }
+
+
+def check_resume(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a run goes on with the tokens it would have had.
+
+    Both are `order_fields`, perhaps with the `digest` of the batches beside them.
+    """
+    names = [name for name in dict.fromkeys((*stored, *current)) if name != "digest"]
+    changed = [
+        f"data.{name}: expected {stored.get(name)!r}, as when the run began, got "
+        f"{current.get(name)!r}"
+        for name in names
+        if stored.get(name) != current.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            "; ".join(changed) + "; it changes which tokens come next: set it back, or begin anew"
+        )
+    if stored.get("digest") != current.get("digest"):
+        raise ValueError(
+            f"data.train: expected the rows with which the run began, digest "
+            f"{stored.get('digest')}, got {current.get('digest')}; put the files back as they "
+            "were, or begin anew"
+        )

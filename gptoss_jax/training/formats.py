@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of a row -> a conversation, whatever format the row has.
+
+A format is known by its columns. Everything wrong with a row is found at once, each problem with
+its JSON path and what to do. Knows no files (`sources.py`) and no tokens (`masks.py`).
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gptoss_jax.harmony.from_openai import Problem, convert_message, convert_tools, problem
+from gptoss_jax.harmony.messages import EFFORTS, Message
+from gptoss_jax.harmony.tools import FunctionTool
+from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.sharegpt import messages_of_turns
+
+_THINKING = ("thinking", "reasoning_content", "reasoning")  # names for the analysis, best first
+
+
+class RowProblems(ValueError):
+    """Everything that is wrong with a row."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        super().__init__("; ".join(map(str, problems)))
+
+
+class Format(NamedTuple):
+    """How a row is recognised (`needs`), what else it may have, and what reads its messages.
+
+    `repeats` are columns that say the same again, as Multilingual-Thinking's flat ones beside
+    `messages`.
+    """
+
+    name: str
+    needs: frozenset[str]
+    may: frozenset[str]
+    repeats: frozenset[str]
+    read: Callable[[Mapping[str, Any], list[Problem]], "Located"] | None
+
+
+Located = list[tuple[str, Any]]  # JSON messages of the OpenAI shape, each with its path
+
+
+def conversation_of(fields: Mapping[str, Any]) -> Conversation:
+    """The conversation that a row holds; RowProblems lists everything wrong with it.
+
+    Null columns count as absent. A message's `weight` is that of everything it becomes.
+    """
+    problems: list[Problem] = []
+    found, _ = recognise(fields)
+    if isinstance(found, Problem):
+        raise RowProblems([found])
+    if found.read is None:
+        conversation = Conversation(text=_text(fields, "text", problems))
+    else:
+        located = found.read(fields, problems)
+        conversation = Conversation(
+            *_messages(located, problems),
+            tools=tuple(_tools(fields, problems)),
+            effort=_effort(fields, problems),
+        )
+    if problems:
+        raise RowProblems(problems)
+    return conversation
+
+
+def recognise(fields: Mapping[str, Any]) -> tuple[Format | Problem, tuple[str, ...]]:
+    """The one format that a row has, and the columns that this has no use for, sorted."""
+    if None in fields.values():
+        return _match(tuple(name for name, value in fields.items() if value is not None))
+    return _match(tuple(fields))
+
+
+@functools.lru_cache(maxsize=1024)
+def _match(columns: tuple[str, ...]) -> tuple[Format | Problem, tuple[str, ...]]:
+    given = set(columns)
+    got = ", ".join(sorted(given)) or "none"
+    for needs, advice in _NOT_CONVERSATIONS.items():
+        if given.issuperset(needs):
+            return Problem("row", f"expected a conversation, got the columns {got}; {advice}"), ()
+    found = [form for form in FORMATS if form.needs <= given]
+    found = [form for form in found if not any(form.needs <= other.repeats for other in found)]
+    if len(found) == 1:
+        form = found[0]
+        return form, tuple(sorted(given - form.needs - form.may - form.repeats))
+    if found:
+        several = " and ".join(form.name for form in found)
+        advice = f"they make a row of {several}: keep the columns of one"
+    else:
+        known = "; ".join(" and ".join(sorted(form.needs)) for form in FORMATS)
+        advice = f"no format has these; name them as one of: {known}"
+    return Problem("row", f"expected the columns of one format, got {got}; {advice}"), ()
+
+
+def _messages(
+    located: Located, problems: list[Problem]
+) -> tuple[tuple[Message, ...], tuple[float, ...]]:
+    messages: list[Message] = []
+    weights: list[float] = []
+    function_names: dict[str, str] = {}  # of the calls so far, by their ids
+    for where, raw in located:
+        weight = 1.0
+        if type(raw) is dict and len(raw) > 2:  # more than role and content
+            weight = _weight(where, raw, problems)
+            raw = _as_openai(where, raw, problems)
+        for message in convert_message(where, raw, function_names, problems):
+            messages.append(message)
+            weights.append(weight if message.role == "assistant" else 0.0)
+    return tuple(messages), tuple(weights)
+
+
+def _weight(where: str, raw: Mapping, problems: list[Problem]) -> float:
+    weight = raw.get("weight")
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, int | float) or weight not in (0, 1):
+        problems.append(problem(f"{where}.weight", "0 or 1", weight, "1 learns the message"))
+        return 1.0
+    return float(weight)
+
+
+def _as_openai(where: str, raw: Mapping, problems: list[Problem]) -> dict[str, Any]:
+    """A message without what only rows for training have, or in today's words for it."""
+    empty = [key for key, value in raw.items() if value == "" and key != "content"]
+    fields = {key: value for key, value in raw.items() if key not in ("weight", *empty)}
+    if raw.get("role") == "function":
+        fields["role"] = "tool"
+    if raw.get("role") == "assistant":
+        fields |= {"reasoning": _thinking(where, raw, problems), "reasoning_content": None}
+        fields.pop("thinking", None)
+    call = fields.pop("function_call", None)
+    if call is not None and raw.get("role") == "assistant":
+        fields["tool_calls"] = [*(raw.get("tool_calls") or []), {"function": call}]
+    if isinstance(fields.get("tool_calls"), list):
+        fields["tool_calls"] = [_with_text_arguments(call) for call in fields["tool_calls"]]
+    return fields
+
+
+def _thinking(where: str, raw: Mapping, problems: list[Problem]) -> str | None:
+    """The one text among the names that reasoning goes by."""
+    given = {name: raw[name] for name in _THINKING if raw.get(name) not in (None, "")}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            problems.append(problem(f"{where}.{name}", "text or null", value, "correct or omit it"))
+    texts = {value for value in given.values() if isinstance(value, str)}
+    if len(texts) > 1:
+        expected = "one text of reasoning"
+        problems.append(problem(where, expected, list(given), "keep one of these fields"))
+    return texts.pop() if texts else None
+
+
+def _with_text_arguments(call: Any) -> Any:
+    """A call whose arguments are JSON text, as they are where they were text already."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), dict):
+        return call
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
+
+
+def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> list[FunctionTool]:
+    """From `tools`, or from `functions`, which have no wrapping; a column may be JSON text."""
+    tools = _list_or_json("tools", fields, problems)
+    functions = _list_or_json("functions", fields, problems)
+    if not tools and not functions:
+        return []
+    if not functions:
+        return convert_tools(tools, problems)
+    if tools:
+        problems.append(problem("functions", "none beside tools", functions, "keep tools alone"))
+    own: list[Problem] = []
+    wrapped = [{"type": "function", "function": function} for function in functions]
+    converted = convert_tools(wrapped, own)
+    for path, text in own:
+        at = path.replace("tools[", "functions[").replace("].function", "]")
+        problems.append(Problem(at, text))
+    return converted
+
+
+def _list_or_json(column: str, fields: Mapping[str, Any], problems: list[Problem]) -> list:
+    value = fields.get(column)
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError:
+            problems.append(problem(column, "a list of tools, or JSON of one", value, "correct it"))
+            return []
+    if value and not isinstance(value, list):
+        problems.append(problem(column, "a list of tools", value, "send a list"))
+        return []
+    return value or []
+
+
+def _effort(fields: Mapping[str, Any], problems: list[Problem]) -> str | None:
+    effort = fields.get("reasoning_effort")
+    if effort is not None and effort not in EFFORTS:
+        expected = ", ".join(EFFORTS)
+        problems.append(problem("reasoning_effort", expected, effort, "gpt-oss has no other"))
+        return None
+    return effort
+
+
+def _text(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> str:
+    text = fields.get(column)
+    if not isinstance(text, str) or not text:
+        problems.append(problem(column, "text", text, "fill it in or leave the row out"))
+        return ""
+    return text
+
+
+def _openai(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
+    return _list_of_messages(fields, "messages", problems)
+
+
+def _list_of_messages(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> Located:
+    messages = fields[column]
+    if not isinstance(messages, list) or not messages:
+        expected = "a list of at least one message"
+        problems.append(problem(column, expected, messages, 'a message is {"role", "content"}'))
+        return []
+    return [(f"{column}[{index}]", raw) for index, raw in enumerate(messages)]
+
+
+def _multilingual(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
+    """The flat columns of Multilingual-Thinking, joined as its `messages` are."""
+    user, final = (_text(fields, column, problems) for column in ("user", "final"))
+    given = {
+        column: _text(fields, column, problems) if fields.get(column) else ""
+        for column in ("reasoning_language", "developer", "analysis")
+    }
+    language = given["reasoning_language"]
+    lines = [f"reasoning language: {language}" if language else "", given["developer"]]
+    system = "\n\n".join(filter(None, lines))
+    answer = {"role": "assistant", "content": final, "thinking": given["analysis"]}
+    return [*_system(system), ("user", {"role": "user", "content": user}), ("final", answer)]
+
+
+def _system(text: str) -> Located:
+    return [("system", {"role": "system", "content": text})] if text else []
+
+
+def _system_of(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
+    """The `system` column, where there is one."""
+    return _system(_text(fields, "system", problems)) if fields.get("system") else []
+
+
+def _alpaca(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
+    """The input, where there is one, below the instruction."""
+    texts = [_text(fields, "instruction", problems)]
+    if fields.get("input"):
+        texts.append(_text(fields, "input", problems))
+    answer = _text(fields, "output", problems)
+    return [
+        *_system_of(fields, problems),
+        ("instruction", {"role": "user", "content": "\n\n".join(texts)}),
+        ("output", {"role": "assistant", "content": answer}),
+    ]
+
+
+def _prompt_completion(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
+    """Texts or lists of messages; nothing in the prompt is learnt."""
+    located = _system_of(fields, problems)
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(fields[column], list):
+            part = _list_of_messages(fields, column, problems)
+        else:
+            part = [(column, {"role": role, "content": _text(fields, column, problems)})]
+        if column == "prompt":
+            part = [(at, {**raw, "weight": 0} if type(raw) is dict else raw) for at, raw in part]
+        located += part
+    return located
+
+
+def _sharegpt(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
+    column = "conversations" if fields.get("conversations") is not None else "conversation"
+    turns = _list_of_messages(fields, column, problems)
+    return [*_system_of(fields, problems), *messages_of_turns(turns, problems)]
+
+
+_NO_COLUMNS: frozenset[str] = frozenset()
+_FLAT = frozenset({"user", "final"})
+_FLAT_TOO = frozenset({"reasoning_language", "developer", "analysis"})
+_OF_ANY_CHAT = frozenset({"tools", "functions", "parallel_tool_calls", "reasoning_effort"})
+_WITH_SYSTEM = _OF_ANY_CHAT | {"system"}
+
+FORMATS = (
+    Format("chat messages", frozenset({"messages"}), _OF_ANY_CHAT, _FLAT | _FLAT_TOO, _openai),
+    Format("Multilingual-Thinking", _FLAT, _FLAT_TOO | _OF_ANY_CHAT, _NO_COLUMNS, _multilingual),
+    Format("ShareGPT", frozenset({"conversations"}), _WITH_SYSTEM, _NO_COLUMNS, _sharegpt),
+    Format("ShareGPT", frozenset({"conversation"}), _WITH_SYSTEM, _NO_COLUMNS, _sharegpt),
+    Format(
+        "Alpaca",
+        frozenset({"instruction", "output"}),
+        _WITH_SYSTEM | {"input"},
+        _NO_COLUMNS,
+        _alpaca,
+    ),
+    Format(
+        "prompt and completion",
+        frozenset({"prompt", "completion"}),
+        _WITH_SYSTEM,
+        _NO_COLUMNS,
+        _prompt_completion,
+    ),
+    Format("plain text", frozenset({"text"}), _NO_COLUMNS, _NO_COLUMNS, None),
+)
+_PREFERENCE = (
+    "this is preference data, not for `gptoss finetune`; keep what was preferred as messages"
+)
+_NOT_CONVERSATIONS = {
+    ("preferred_output", "non_preferred_output"): _PREFERENCE,
+    ("chosen", "rejected"): _PREFERENCE,
+    ("prompt", "completion", "label"): _PREFERENCE,
+    ("input_ids",): "token ids cannot be read; give the text that they were made of",
+}

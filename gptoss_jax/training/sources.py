@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a dataset -> rows of JSON values, each with where it stands.
+
+JSONL (plain, gzip or zstd), JSON and Parquet; files, folders and globs, local or at an fsspec URL.
+What cannot be read is a row with an error, so that a check sees everything at once. What the fields
+mean is for `formats.py`.
+"""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+_KNOWN = ", ".join(SUFFIXES[:-1]) + " or " + SUFFIXES[-1]
+_SPACE = re.compile(r"[ \t\r\n]*")
+_ROWS_AT_ONCE = 256  # of Parquet, turned into Python values together
+
+
+class SourceRow(NamedTuple):
+    """A row: `fields`, or else the `error` that stands in its place.
+
+    `line` counts from 1; it is a row number in Parquet, and in JSON the line where the row begins.
+    """
+
+    path: str
+    line: int
+    fields: dict[str, Any] | None
+    error: str | None = None
+
+
+def read_rows(paths: str | Iterable[str]) -> Iterator[SourceRow]:
+    """The rows of all files, in the order of `paths`; a folder's or a glob's files are sorted.
+
+    ValueError if there is no such file, before the first row.
+    """
+    return (row for path in files_of(paths) for row in read_file(path))
+
+
+def read_file(path: str) -> Iterator[SourceRow]:
+    """The rows of one file."""
+    with open_file(path) as file:
+        if path.endswith(".parquet"):
+            yield from _parquet_rows(path, file)
+        elif path.endswith(".json"):
+            yield from _json_rows(path, file)
+        else:
+            yield from _jsonl_rows(path, file)
+
+
+def digest(paths: str | Iterable[str]) -> str:
+    """SHA-256 of the bytes of all files in their order, whatever they are called."""
+    whole = hashlib.sha256()
+    for path in files_of(paths):
+        with open_file(path) as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def files_of(paths: str | Iterable[str]) -> list[str]:
+    """The files that `paths` name; one ValueError lists every path that names none."""
+    paths = [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths]
+    files: list[str] = []
+    problems = [] if paths else ["paths: expected at least one, got none; name a file or a folder"]
+    for path in paths:
+        found = expand(path)
+        unknown = [file for file in found if not file.endswith(SUFFIXES)]
+        if not found:
+            problems.append(f"{path}: expected a file of rows, got none; check the path")
+        problems += [f"{file}: expected {_KNOWN}, got another kind of file" for file in unknown]
+        files += found
+    if problems:
+        raise ValueError("\n".join(problems))
+    return files
+
+
+def expand(path: str) -> list[str]:
+    """The files that one path names: itself, what a glob matches, or a folder's known files."""
+    found = _expand_url(path) if "://" in path else _expand_local(path)
+    return sorted(found)
+
+
+def open_file(path: str) -> Any:
+    """A binary file, as it is stored; a plain path is never looked for on a network."""
+    if "://" not in path:
+        return open(path, "rb")
+    return _fsspec().open(path, "rb").open()
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file as it is stored."""
+    if "://" not in path:
+        return os.stat(path).st_size
+    system, inner = _fsspec().core.url_to_fs(path)
+    return system.size(inner)
+
+
+def parquet_header(path: str) -> tuple[list[str], int]:
+    """The columns and the number of rows of a Parquet file; ValueError if it is none."""
+    pyarrow = _pyarrow(path)
+    with open_file(path) as file:
+        try:
+            opened = pyarrow.parquet.ParquetFile(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(_not_parquet(error)) from error
+        return opened.schema_arrow.names, opened.metadata.num_rows
+
+
+def _expand_local(path: str) -> list[str]:
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in os.listdir(path)]
+        return [file for file in files if os.path.isfile(file) and file.endswith(SUFFIXES)]
+    if os.path.isfile(path):
+        return [path]
+    return [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+
+
+def _expand_url(path: str) -> list[str]:
+    system, inner = _fsspec().core.url_to_fs(path)
+    if system.isfile(inner):
+        return [path]
+    if system.isdir(inner):
+        found = [file for file in system.ls(inner, detail=False) if file.endswith(SUFFIXES)]
+    else:
+        found = system.glob(inner) if glob.has_magic(path) else []
+    return [system.unstrip_protocol(file) for file in found if system.isfile(file)]
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise ImportError(
+            "fsspec: expected it for a path with ://, got none; run `pip install "
+            "'gptoss-jax[train]'` or give a local path"
+        ) from error
+    return fsspec
+
+
+def _pyarrow(wanted_for: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"pyarrow: expected it for {wanted_for}, got none; run `pip install "
+            "'gptoss-jax[train]'`"
+        ) from error
+    return pyarrow
+
+
+def _jsonl_rows(path: str, file: Any) -> Iterator[SourceRow]:
+    number = 0
+    try:
+        with _text(_decompressed(path, file)) as lines:
+            for number, line in enumerate(lines, start=1):
+                fields, error = parse_object(line)
+                yield SourceRow(path, number, fields, error)
+    except (EOFError, zlib.error, gzip.BadGzipFile, _CompressedError) as error:
+        cut = f"expected the rest of a compressed file, got {str(error)!r}; copy the file again"
+        yield SourceRow(path, number + 1, None, cut)
+
+
+def parse_object(line: str) -> tuple[dict[str, Any] | None, str | None]:
+    """A line of JSONL as fields, or else what is wrong with it."""
+    if not line.isascii() and (error := _encoding_error(line)):
+        return None, error
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return None, _json_error(line, error)
+    if type(fields) is not dict:
+        return None, _not_an_object(fields)
+    return fields, None
+
+
+def _json_error(line: str, error: Exception) -> str:
+    if not line.strip():
+        return "expected a JSON object, got a blank line; delete the line"
+    if line.startswith("\ufeff"):
+        return "expected JSON, got a byte order mark; save the file as UTF-8 without one"
+    at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    reason = str(getattr(error, "msg", error))
+    return f"expected a JSON object, got {reason!r}{at}; correct the line"
+
+
+def _not_an_object(value: Any) -> str:
+    kind = {list: "a list", str: "text", type(None): "null", bool: "true or false"}
+    got = kind.get(type(value), "a number")
+    return f'expected a JSON object, got {got}; write {{"messages": [...]}} or another format'
+
+
+def _encoding_error(line: str) -> str | None:
+    """Whether a byte was not UTF-8: `_text` made a lone surrogate of it, which nothing encodes."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte, before = ord(line[error.start]) - 0xDC00, len(line[: error.start].encode())
+        return f"expected UTF-8, got byte 0x{byte:02x} at byte {before + 1}; save the file as UTF-8"
+    return None
+
+
+def _text(file: Any) -> io.TextIOWrapper:
+    """Lines as any editor counts them; bytes that are not UTF-8 become lone surrogates."""
+    return io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
+
+
+class _CompressedError(Exception):
+    """What reading a damaged zstd file raises."""
+
+
+def _decompressed(path: str, file: Any) -> Any:
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)
+    if path.endswith(".zst"):
+        pyarrow = _pyarrow(f"{path} (zstd)")
+        return io.BufferedReader(_Zstd(pyarrow.input_stream(file, compression="zstd")))
+    return file
+
+
+class _Zstd(io.RawIOBase):
+    """A stream of Arrow's as one of Python's, whose errors can be told from those of the disk."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (OSError, ValueError) as error:
+            raise _CompressedError(str(error)) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _json_rows(path: str, file: Any) -> Iterator[SourceRow]:
+    """The objects of a list one by one, or the one object that the file is."""
+    with _text(file) as whole:
+        text = whole.read()
+    if not text.isascii() and _encoding_error(text):
+        lines = enumerate(text.split("\n"), start=1)
+        bad = ((number, _encoding_error(line)) for number, line in lines)
+        yield from (SourceRow(path, number, None, error) for number, error in bad if error)
+        return
+    decode, place = json.JSONDecoder().raw_decode, _skip_space(text, 0)
+    is_list = text[place : place + 1] == "["
+    place, line, counted = (_skip_space(text, place + 1) if is_list else place), 1, 0
+    if not text.strip() or (is_list and text[place : place + 1] == "]"):
+        return
+    while True:
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            value, place = decode(text, place)
+        except (ValueError, RecursionError) as error:
+            yield SourceRow(path, line, None, _json_error(text[place:], error))
+            return
+        if type(value) is dict:
+            yield SourceRow(path, line, value)
+        else:
+            yield SourceRow(path, line, None, _not_an_object(value))
+        place = _skip_space(text, place)
+        following = text[place : place + 1]
+        if is_list and following == ",":
+            place = _skip_space(text, place + 1)
+            continue
+        if (is_list and following != "]") or text[place + is_list :].strip():
+            line += text.count("\n", counted, place)
+            yield SourceRow(path, line, None, _after_the_end(is_list))
+        return
+
+
+def _skip_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
+
+
+def _after_the_end(is_list: bool) -> str:
+    if is_list:
+        return "expected `,` or the end of the list, got something else; correct the file here"
+    return "expected one object or a list, got more behind an object; is this a .jsonl file?"
+
+
+def _parquet_rows(path: str, file: Any) -> Iterator[SourceRow]:
+    pyarrow = _pyarrow(path)
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE):
+            for fields in batch.to_pylist():
+                number += 1
+                yield SourceRow(path, number, _without_nulls(fields))
+    except (pyarrow.ArrowException, OSError) as error:
+        yield SourceRow(path, number + 1, None, _not_parquet(error))
+
+
+def _not_parquet(error: Exception) -> str:
+    reason = str(error).partition("\n")[0]
+    return f"expected Parquet, got {reason!r}; copy or write the file again"
+
+
+def _without_nulls(value: Any) -> Any:
+    """A struct of Parquet has every field in every row; those that are null were not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

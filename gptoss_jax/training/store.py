@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of a run: saved beside the training, verified before use, old ones removed.
+
+    FOLDER/step-00000100/state/         arrays, as checkpoint.py has Orbax write them
+                         facts.json     step, metric, and what the caller wants to know again
+                         manifest.json  size and SHA-256 of every file (manifest.py); written last
+
+A step has its name when it is complete: until then it is `step-00000100.writing`, so that a process
+may be killed at any moment. All processes of a run call everything here together.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Generic, Literal, TypeVar
+
+import jax
+
+from gptoss_jax.distributed import agree, everyones, is_first, together
+from gptoss_jax.training import checkpoint
+from gptoss_jax.training.manifest import (
+    check_manifest,
+    files_fit,
+    flush_folder,
+    write_file,
+    write_manifest,
+)
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+T = TypeVar("T")
+
+FACTS = "facts.json"
+MESSAGE = 500  # characters of an error of a library
+STEP = re.compile(r"step-(\d{8,})")
+REST = re.compile(rf"{STEP.pattern}\.(writing|removing)")  # of a process that was killed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """When to save, and what to keep."""
+
+    every: int = 100  # steps from one checkpoint to the next
+    keep_last: int = 3  # the newest ones
+    keep_best: int = 0  # and those with the best metrics
+    best: Literal["min", "max"] = "min"
+
+    def __post_init__(self):
+        problems = [
+            f"{name}: expected {least} or more, got {value}"
+            for name, value, least in (
+                ("every", self.every, 1),
+                ("keep_last", self.keep_last, 1),
+                ("keep_best", self.keep_best, 0),
+            )
+            if not isinstance(value, int) or value < least
+        ]
+        if self.best not in ("min", "max"):
+            problems.append(f"best: expected 'min' or 'max', got {self.best!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored(Generic[T]):
+    """A checkpoint that was as it had been written."""
+
+    step: int
+    state: T
+    facts: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints in one folder, which appears with the first of them.
+
+    One run writes to it at a time. Use it in a `with`, or `close` it: else the last save may be
+    lost. `say` is given what the user should know.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        options: CheckpointOptions = CheckpointOptions(),
+        *,
+        say: Callable[[str], None] = print,
+    ):
+        self.folder = Path(folder).absolute()
+        self.options = options
+        self._say = say
+        self._damaged: set[int] = set()  # steps that `restore` found so
+        self._saving: threading.Thread | None = None
+        self._error: OSError | None = None
+        self._lock: IO | None = None
+
+    def save(
+        self, step: int, state: Any, facts: Mapping[str, Any], *, metric: float | None = None
+    ) -> None:
+        """Begin to save; returns when the arrays of `state` may be donated.
+
+        `facts` is JSON; tuples come back as lists. A metric that is not finite is no metric. Waits
+        for the save before, and raises its OSError, as `wait` does. Raises ValueError if there is
+        this step or a later one, or if another run writes to the folder.
+        """
+        self.wait()
+        text = _facts_text(step, facts, metric)
+        agree("facts of the checkpoint", text)
+        here = f"checkpoint of step {step}"
+        _raise_of_all(together(lambda: self._begin(step) if is_first() else None, here))
+        try:
+            written = checkpoint.start_saving(self._path(step, ".writing") / "state", state)
+        except Exception as error:
+            failed = self._failed(step, error)
+            if isinstance(error, OSError):
+                raise failed from error
+            raise
+        self._saving = threading.Thread(target=self._finish, args=(step, text, written))
+        self._saving.start()
+
+    def wait(self) -> None:
+        """Until the last save is on the disk; raises OSError if it is not, and never will be."""
+        thread, self._saving = self._saving, None
+        if thread is not None:
+            thread.join()
+            error, self._error = self._error, None
+            _raise_of_all(error)
+
+    def restore(self, like: T, *, step: int | None = None) -> Restored[T] | None:
+        """The newest checkpoint that is as it was written, or None if nothing was saved.
+
+        One that is damaged is reported, and the one before it used. Each array goes where that of
+        `like` lies. Raises ValueError if all are damaged, if that of `step` is or does not exist,
+        or if the arrays are others than those of `like`.
+        """
+        self.wait()
+        steps = sorted(self._steps())
+        agree(f"checkpoints in {self.folder}", str(steps))
+        if step is not None and step not in steps:
+            has = ", ".join(map(str, steps)) or "none"
+            raise ValueError(f"step: expected one of {self.folder} ({has}), got {step}")
+        reports = []
+        for candidate in reversed(steps) if step is None else [step]:
+            problems = self._problems(candidate)
+            if not problems:
+                return self._restored(candidate, like, reports)
+            self._damaged.add(candidate)
+            reports.append(f"{self._path(candidate)} is damaged: {_shown(problems)}")
+        if not reports:
+            return None
+        advice = "move them away to begin anew" if step is None else "take another step"
+        raise ValueError(
+            f"checkpoint: expected files as they were written, got others; {'; '.join(reports)}; "
+            f"{advice}"
+        )
+
+    def latest(self) -> int | None:
+        """The newest step that is complete, and not known to be damaged."""
+        return max(self._steps() - self._damaged, default=None)
+
+    def close(self) -> None:
+        """Wait for the last save, and let other runs write to the folder."""
+        try:
+            self.wait()
+        finally:
+            self._unlock()
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            return self.close()
+        if self._saving is not None:  # other processes may not come to `wait` for it
+            self._saving.join()
+        if self._error is not None:
+            self._say(str(self._error))
+        self._unlock()
+
+    # Saving --------------------------------------------------------------------------------------
+
+    def _begin(self, step: int) -> OSError | None:
+        """On the first process: what has to be in order before anything is written."""
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"step: expected one after {latest}, the latest in {self.folder}, got {step}; "
+                "resume from the latest, or choose another folder"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_folder()
+            for path in self.folder.iterdir():
+                if REST.fullmatch(path.name):
+                    shutil.rmtree(path)
+            for damaged in sorted(self._damaged):
+                self._set_aside(damaged)
+            self._path(step, ".writing").mkdir()
+        except OSError as error:
+            return self._failed(step, error)
+        return None
+
+    def _finish(self, step: int, text: str, written: Callable[[], None]) -> None:
+        """In the background: the rest of a save."""
+        try:
+            written()
+            if is_first():
+                temporary = self._path(step, ".writing")
+                write_file(temporary / FACTS, text)
+                write_manifest(temporary)
+                temporary.rename(self._path(step))
+                flush_folder(self.folder)
+        except Exception as error:
+            self._error = self._failed(step, error)
+            return
+        try:
+            if is_first():
+                self._prune()
+        except OSError as error:
+            self._say(f"checkpoints in {self.folder}: could not remove old ones ({error})")
+
+    def _failed(self, step: int, error: Exception) -> OSError:
+        """What to raise; nothing is left of a save that failed."""
+        if is_first():
+            shutil.rmtree(self._path(step, ".writing"), ignore_errors=True)
+        latest = self.latest()
+        still = "there is none before it" if latest is None else f"step {latest} stays the latest"
+        failed = OSError(
+            f"checkpoint of step {step}: expected to write it to {self.folder}, got "
+            f"{_short(str(error))}; {still}, and nothing of this one is left; see that the folder "
+            "can be written to and has room, then resume"
+        )
+        failed.__cause__ = error
+        return failed
+
+    def _lock_folder(self) -> None:
+        """Until it is closed, or the process ends in any way."""
+        if self._lock is not None or fcntl is None:
+            return
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise ValueError(
+                f"folder: expected one that no other run writes to, got {self.folder}; choose "
+                "another, or wait until that run has ended"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
+
+    def _set_aside(self, damaged: int) -> None:
+        """Out of the way of a save of the same step."""
+        names = itertools.chain([".damaged"], (f".damaged-{n}" for n in itertools.count(2)))
+        free = next(path for name in names if not (path := self._path(damaged, name)).exists())
+        self._path(damaged).rename(free)
+        self._damaged.remove(damaged)
+
+    def _prune(self) -> None:
+        """Remove what is not to be kept, after a save, so that the newest is known to be good."""
+        steps = sorted(self._steps())
+        keep = {*steps[-self.options.keep_last :], *self._best(steps)}
+        for step in steps:
+            if step not in keep and files_fit(self._path(step)):  # nothing of somebody else
+                self._path(step).rename(self._path(step, ".removing"))
+                shutil.rmtree(self._path(step, ".removing"))
+
+    def _best(self, steps: list[int]) -> list[int]:
+        sign = 1 if self.options.best == "min" else -1
+        metrics = {step: _metric(self._path(step)) for step in steps}
+        ranks = [(sign * metric, -step) for step, metric in metrics.items() if metric is not None]
+        return [-step for _, step in sorted(ranks)[: self.options.keep_best]]
+
+    # What there is -------------------------------------------------------------------------------
+
+    def _path(self, step: int, ending: str = "") -> Path:
+        return self.folder / f"step-{step:08d}{ending}"
+
+    def _steps(self) -> set[int]:
+        if not self.folder.exists():
+            return set()
+        names = {path.name for path in self.folder.iterdir()}
+        steps = {int(match[1]) for name in names if (match := STEP.fullmatch(name))}
+        return {step for step in steps if self._path(step).name in names}
+
+    def _problems(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint; every process reads its share of the files."""
+        path = self._path(step)
+        found = check_manifest(path, (jax.process_index(), jax.process_count()))
+        said = everyones(json.dumps(found), f"check of {path}")
+        found = list(dict.fromkeys(problem for text in said for problem in json.loads(text)))
+        if not found and (saved := _read_facts(path)["step"]) != step:
+            found = [f"{FACTS}: expected step {step}, got {saved}; was the folder renamed?"]
+        return found
+
+    def _restored(self, step: int, like: T, reports: list[str]) -> Restored[T]:
+        if reports and is_first():
+            self._say(f"checkpoint: {'; '.join(reports)}; step {step} is used instead")
+        path = self._path(step)
+        state = checkpoint.restore(path / "state", like)
+        return Restored(step, state, _read_facts(path)["facts"])
+
+
+def _raise_of_all(error: OSError | None) -> None:
+    """The error of this process, or else one that tells of another's."""
+    said = everyones("" if error is None else str(error), "checkpoint")
+    if error is not None:
+        raise error
+    for process, text in enumerate(said):
+        if text:
+            raise OSError(f"process {process} failed: {text}")
+
+
+def _facts_text(step: int, facts: Mapping[str, Any], metric: float | None) -> str:
+    problems = list(_not_json("facts", facts))
+    if problems:
+        raise ValueError(f"facts: expected JSON, got {', '.join(problems)}")
+    metric = None if metric is None or not math.isfinite(metric) else float(metric)
+    return json.dumps({"step": step, "metric": metric, "facts": facts}, indent=1) + "\n"
+
+
+def _not_json(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                yield f"a key {key!r} in {name}"
+            yield from _not_json(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _not_json(f"{name}.{index}", inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} of {value}"
+    elif not (value is None or isinstance(value, str | int | float)):
+        yield f"{name} of {type(value).__name__}"
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    return json.loads((path / FACTS).read_text(encoding="utf-8"))
+
+
+def _metric(path: Path) -> float | None:
+    try:
+        return _read_facts(path)["metric"]
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def _shown(problems: list[str], most: int = 4) -> str:
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "; ".join([*problems[:most], *more])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]}..."

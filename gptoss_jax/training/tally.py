@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dataset holds, counted conversation by conversation: roles, repeats, tokens, packing.
+
+A conversation that can be read but may not be what was meant gets warnings. `check.py` knows the
+files and the rules; this file knows neither.
+"""
+
+import array
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.harmony import SystemSettings, Tokenizer
+from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
+from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.masks import Mask, tokenize
+from gptoss_jax.training.packing import first_fit, shuffled
+from gptoss_jax.training.profiles import Fault
+
+_SPECIALS = re.compile("|".join(map(re.escape, HARMONY_SPECIALS)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """How conversations become tokens, and what these are packed into."""
+
+    tokenizer: Tokenizer
+    settings: SystemSettings = dataclasses.field(default_factory=SystemSettings)
+    mask: Mask = "assistant"
+    length: int = 2048  # tokens of a packed row
+    rows: int = 8  # packed rows of a step
+
+
+class Tally:
+    """Counts so far; without options no tokens are counted."""
+
+    def __init__(self, options: TokenOptions | None):
+        self._options = options
+        self._roles: Counter[str] = Counter()
+        self._first: dict[int, str] = {}  # a conversation's hash -> where it stands
+        self._texts = self._repeated = self._with_specials = self._untrained = self._cut = 0
+        self._lengths, self._trained = array.array("q"), array.array("q")  # of each conversation
+
+    def add(self, conversation: Conversation, where: str) -> list[Fault]:
+        """Count one more; what is doubtful about it comes out, and an error if it has no tokens."""
+        messages = conversation.messages
+        contents = [message.content for message in messages]
+        self._roles.update([message.role for message in messages])
+        if conversation.text is not None:
+            self._texts += 1
+            contents.append(conversation.text)
+        faults = self._repeats(conversation, contents, where)
+        if any(["<|" in content for content in contents]):
+            faults += self._specials(contents)
+        if "" in contents:
+            faults += _empty_answers(conversation)
+        if self._options is not None:
+            return faults + self._tokens(conversation, self._options)
+        if not conversation.text and not any(conversation.weights):
+            faults.append(self._nothing_to_train())
+        return faults
+
+    def statistics(self) -> dict[str, Any]:
+        """All counts, as JSON values."""
+        counts = {
+            "messages": self._roles.total(),
+            "roles": dict(self._roles),
+            "texts": self._texts,
+            "duplicate_rows": self._repeated,
+            "rows_with_special_text": self._with_specials,
+            "rows_with_nothing_to_train": self._untrained,
+        }
+        if self._options is None or not self._lengths:
+            return counts
+        return counts | self._token_statistics(self._options)
+
+    def _repeats(self, conversation: Conversation, contents: list[str], where: str) -> list[Fault]:
+        messages = conversation.messages
+        channels = [message.channel or message.role for message in messages]
+        names = [message.recipient or message.name for message in messages]
+        tools = repr(conversation.tools) if conversation.tools else ""  # schemas have no hash
+        said = (*contents, *channels, *names, *conversation.weights, tools, conversation.effort)
+        first = self._first.setdefault(hash(said), where)
+        if first is where:
+            return []
+        self._repeated += 1
+        text = f"says the same as {first}; omit one, or it is learnt twice"
+        return [Fault("duplicate", "row", text, True)]
+
+    def _specials(self, contents: list[str]) -> list[Fault]:
+        found = {special for content in contents for special in _SPECIALS.findall(content)}
+        if not found:
+            return []
+        self._with_specials += 1
+        text = f"spells {', '.join(sorted(found))}, which is learnt as plain text; is it meant?"
+        return [Fault("special_text", "row", text, True)]
+
+    def _nothing_to_train(self) -> Fault:
+        self._untrained += 1
+        text = "has nothing to train under this mask and these weights; omit it or give it weight"
+        return Fault("nothing_to_train", "row", text, True)
+
+    def _tokens(self, conversation: Conversation, options: TokenOptions) -> list[Fault]:
+        try:
+            row = tokenize(
+                conversation,
+                tokenizer=options.tokenizer,
+                settings=options.settings,
+                mask=options.mask,
+            )
+        except ValueError as error:  # a tool whose schema the library cannot show, say
+            return [Fault("render", "row", str(error))]
+        count, trained = len(row.tokens), row.trained
+        self._lengths.append(count)
+        self._trained.append(trained)
+        faults = [] if trained else [self._nothing_to_train()]
+        if count > options.length:
+            loses = bool(conversation.messages) and conversation.messages[-1].is_answer
+            self._cut += loses
+            end = "final answer" if loses else "end"
+            text = (
+                f"has {count} tokens, {options.length} fit: its {end} is cut off; shorten the row"
+            )
+            faults.append(Fault("cut_off", "row", text, True))
+        return faults
+
+    def _token_statistics(self, options: TokenOptions) -> dict[str, Any]:
+        lengths = np.array(self._lengths)
+        kept = lengths[lengths <= options.length]
+        packed = len(first_fit(kept, shuffled(len(kept), 0, 0), options.length))
+        return {
+            "tokens": int(lengths.sum()),
+            "trained_tokens": sum(self._trained),
+            "tokens_per_row": _spread(lengths),
+            "trained_tokens_per_row": _spread(np.array(self._trained)),
+            "length": options.length,
+            "rows_over_length": int((lengths > options.length).sum()),
+            "rows_with_final_cut_off": self._cut,
+            "packed_rows": packed,
+            "packing_efficiency": round(int(kept.sum()) / max(packed * options.length, 1), 4),
+            "rows_per_step": options.rows,
+            "steps_per_epoch": round(packed / options.rows, 1),
+            "mask": options.mask,
+            "settings": dataclasses.asdict(options.settings),
+        }
+
+
+def _empty_answers(conversation: Conversation) -> list[Fault]:
+    learnt = zip(conversation.messages, conversation.weights, strict=True)
+    if not any(weight and not message.content and message.is_answer for message, weight in learnt):
+        return []
+    text = "has an answer without text, which is learnt, too; give it weight 0 or omit it"
+    return [Fault("empty_answer", "row", text, True)]
+
+
+def _spread(counts: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.percentile(counts, [5, 50, 95])
+    return {
+        "min": int(counts.min()),
+        "p5": round(float(low), 1),
+        "median": round(float(middle), 1),
+        "mean": round(float(counts.mean()), 1),
+        "p95": round(float(high), 1),
+        "max": int(counts.max()),
+    }
