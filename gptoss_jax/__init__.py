@@ -92,6 +92,8 @@ def load(
     dtype: Any = None,
     mesh: "Mesh | Placement | None" = None,
     rules: "Mapping[str, Sequence[str]] | None" = None,
+    adapter: "str | Path | None" = None,
+    any_base: bool = False,
     progress: bool | None = None,
 ) -> "Transformer":
     """The model in a checkpoint folder of any layout; without a path the bundled tiny one.
@@ -99,7 +101,8 @@ def load(
     `experts="packed"` keeps the published MXFP4 bytes, "bf16" unpacks them. `dtype`, "bfloat16" or
     "float32", is that of all the rest; None is bfloat16 on accelerators and float32 on CPU. `mesh`,
     as from `make_mesh`, splits the model over devices, straight from the files: each process reads
-    what its own devices hold. `rules` override lines of `sharding.RULES`.
+    what its own devices hold. `rules` override lines of `sharding.RULES`. `adapter` is a folder
+    that fine-tuning has written, refused if it was trained on other weights, unless `any_base`.
     `progress` None shows a bar on a terminal if it takes long. Raises ValueError with all that is
     wrong. Compiled programs are kept from here on: see inference/compilation.py.
     """
@@ -110,7 +113,14 @@ def load(
     enable_compilation_cache()
     folder = BUNDLED_MODEL if path is None else path
     return load_checkpoint(
-        folder, experts=experts, dtype=dtype, mesh=mesh, rules=rules, progress=progress
+        folder,
+        experts=experts,
+        dtype=dtype,
+        mesh=mesh,
+        rules=rules,
+        adapter=adapter,
+        any_base=any_base,
+        progress=progress,
     )
 
 

@@ -39,9 +39,14 @@ def read_mesh(text: str | Path) -> WrittenMesh:
         tables = {"mesh": _pairs(text)}
     else:
         tables = _file(Path(text))
+    return written_mesh(tables, str(text))
+
+
+def written_mesh(tables: Mapping[str, Any], where: str) -> WrittenMesh:
+    """What the tables [mesh] and [rules] say; `where` they were found begins an error."""
     problems = list(_problems(tables))
     if problems:
-        raise ValueError(f"mesh: {text}: " + "; ".join(problems))
+        raise ValueError(f"mesh: {where}: " + "; ".join(problems))
     rules = {name: tuple(axes) for name, axes in tables.get("rules", {}).items()}
     return WrittenMesh(tables["mesh"], rules)
 

@@ -27,6 +27,7 @@ FLOORS = (
 # Inside a room any file may import any other, as long as there is no cycle.
 SAME_FLOOR = {
     ("cli", "__init__"),
+    ("finetuning", "conversation"),
     ("mesh_file", "sharding"),
     ("kernels", "kernels/sink_attention"),
     ("kernels", "kernels/expert_matmul"),
@@ -37,10 +38,11 @@ LEAVES = {"weights/names"}  # import nothing from their own room either
 # Rooms that are not for everyone above them.
 NOT_FOR = {"config": ("kernels",)}  # kernels are given numbers, not a model
 # Text and arrays meet in the training data and from floor 5 on: the engine knows no text.
-TEXT_OF_TRAINING = ("check", "conversations", "data", "masks", "prefixed", "sources", "sums")
-ONLY_FOR = {
-    "harmony": (*(f"training/{room}" for room in TEXT_OF_TRAINING), *FLOORS[5], *FLOORS[6])
-}
+TEXT_OF_TRAINING = (
+    *("check", "conversations", "data", "formats", "masks", "prefixed", "profiles"),
+    *("sharegpt", "sources", "sums", "tally"),
+)
+ONLY_FOR = {"harmony": (*(f"training/{room}" for room in TEXT_OF_TRAINING), *FLOORS[5], *FLOORS[6])}
 # Packages that a room must not import, directly or through another file of ours.
 FORBIDDEN = {
     "config": {"jax", "flax"},

@@ -17,13 +17,22 @@ import tyro
 import gptoss_jax
 from gptoss_jax.cli.bench import Bench
 from gptoss_jax.cli.chat import Chat
+from gptoss_jax.cli.data import Data
+from gptoss_jax.cli.finetune import Finetune
 from gptoss_jax.cli.generate import Generate
 from gptoss_jax.cli.info import Info
 from gptoss_jax.cli.output import complain
 from gptoss_jax.cli.processes import leave
 
 ABOUT = "OpenAI's gpt-oss in JAX. `gptoss --version` says which version this is."
-COMMANDS = {"chat": Chat, "generate": Generate, "info": Info, "bench": Bench}
+COMMANDS = {
+    "chat": Chat,
+    "generate": Generate,
+    "finetune": Finetune,
+    "data": Data,
+    "info": Info,
+    "bench": Bench,
+}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from gptoss_jax.mesh_file import WrittenMesh
     from gptoss_jax.model.transformer import Transformer
     from gptoss_jax.sharding import Placement
+    from gptoss_jax.weights.adapters import AdapterFolder
     from gptoss_jax.weights.checkpoint import Checkpoint
 
-OWN = ("checkpoint", "json", "debug", "mesh", "show_analysis")  # may differ between processes
+OWN = (
+    "checkpoint",
+    "adapter",
+    "json",
+    "debug",
+    "mesh",
+    "show_analysis",
+)  # may differ between processes
 
 
 @dataclass(kw_only=True)
@@ -57,6 +65,10 @@ class OfModel(OfProcesses, OfCheckpoint):
     """How devices share the model: axes and sizes as expert=4,tensor=2, or a TOML file of them."""
     dtype: Text = None
     """bfloat16 or float32, of all that is not packed; without it what suits the device."""
+    adapter: Folder = None
+    """Folder of adapters that fine-tuning has written."""
+    any_base: Flag = False
+    """Take --adapter even if it was trained on other weights than these."""
     temperature: Number = None
     """0 takes the likeliest token."""
     top_k: Count = None
@@ -97,7 +109,12 @@ class OfModel(OfProcesses, OfCheckpoint):
         self.agree("checkpoint", self.headers)
         return self.together(
             lambda: gptoss_jax.load(
-                self.folder, experts=self.experts, dtype=self.dtype, mesh=where
+                self.folder,
+                experts=self.experts,
+                dtype=self.dtype,
+                mesh=where,
+                adapter=self.adapter,
+                any_base=self.any_base,
             ),
             "checkpoint",
         )
@@ -132,6 +149,12 @@ class OfModel(OfProcesses, OfCheckpoint):
 
         return open_checkpoint(self.folder)
 
+    def opened_adapter(self) -> "AdapterFolder":
+        from gptoss_jax.weights.adapters import open_adapter
+
+        assert self.adapter is not None
+        return open_adapter(self.adapter)
+
     def arguments(self, written: "WrittenMesh | None") -> dict[str, object]:
         """What was asked for, other than where this process finds things."""
         import jax
@@ -149,4 +172,5 @@ class OfModel(OfProcesses, OfCheckpoint):
         facts: dict[str, object] = dataclasses.asdict(found.config)
         tensors = {key: f"{t.dtype} {list(t.shape)}" for key, t in found.tensors.items()}
         said = defaults.read_text(encoding="utf-8") if defaults.is_file() else ""
-        return facts | {"generation_config.json": " ".join(said.split())} | tensors
+        facts |= {"generation_config.json": " ".join(said.split())} | tensors
+        return facts if self.adapter is None else facts | self.opened_adapter().headers()

@@ -6,6 +6,7 @@ channel. Everything wrong is found at once, each problem with the index and the 
 knows no tokens and no HTTP.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ _FIELDS = {
     "assistant": {"role", "content", "name", "reasoning", "reasoning_content", "tool_calls"},
     "tool": {"role", "content", "name", "tool_call_id"},
 }
+_NAME = re.compile(r"[^\s<|>/\\]+")  # of a speaker or a function: what a header can hold
 # The channel of a message that has a role and text alone.
 _PLAIN = {"system": None, "developer": None, "user": None, "assistant": "final"}
 
@@ -78,7 +80,7 @@ def convert_message(
         return list(_assistant_messages(where, raw, function_names, problems))
     if role == "tool":
         return [_tool_message(where, raw, function_names, problems)]
-    name = _optional_text(where, raw, "name", problems)
+    name = _optional_name(where, raw, problems)
     return [Message(role, _content(where, raw, problems), name=name)]
 
 
@@ -178,8 +180,8 @@ def _tool_call(
         advice = "no other kind is supported"
         problems.append(problem(f"{where}.type", '"function"', fields["type"], advice))
     name = function.get("name")
-    if not isinstance(name, str) or not name:
-        at, advice = f"{where}.function.name", "send the name"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        at, advice = f"{where}.function.name", "send one without spaces, <, |, >, / and \\"
         problems.append(problem(at, "the name of a function", name, advice))
         name = "?"
     arguments = function.get("arguments")
@@ -201,7 +203,7 @@ def _tool_call(
 def _tool_message(
     where: str, raw: Mapping, function_names: dict[str, str], problems: list[Problem]
 ) -> Message:
-    name = _optional_text(where, raw, "name", problems)
+    name = _optional_name(where, raw, problems)
     call_id = raw.get("tool_call_id")
     if call_id is not None or name is None:
         if not isinstance(call_id, str) or call_id not in function_names:
@@ -247,6 +249,14 @@ def _optional_text(where: str, raw: Mapping, field: str, problems: list[Problem]
         problems.append(problem(f"{where}.{field}", "text or null", value, "correct or omit it"))
         return None
     return value or None
+
+
+def _optional_name(where: str, raw: Mapping, problems: list[Problem]) -> str | None:
+    name = _optional_text(where, raw, "name", problems)
+    if name is not None and not _NAME.fullmatch(name):
+        advice = "send one without spaces, <, |, >, / and \\"
+        problems.append(problem(f"{where}.name", "a name", name, advice))
+    return name
 
 
 def _reject_unknown(where: str, raw: Mapping, known: set[str], problems: list[Problem]) -> None:

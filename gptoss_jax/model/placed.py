@@ -7,7 +7,7 @@ that has them. Read ../sharding.py first.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,35 @@ def _in_pieces(where: Placement, variable: nnx.Variable) -> nnx.Variable:
 
 
 _arranged = jax.jit(Mxfp4.arranged, static_argnums=(1, 2))
+
+
+class Bytes(NamedTuple):
+    """Where the blocks and the scales of an Mxfp4 lie, and what a device knows of its own part."""
+
+    shardings: tuple[Any, ...]  # of both; on one device they are None, or not NamedShardings
+    order: str = "published"
+    outputs: int | None = None
+    pieces: tuple[int, int] = (1, 1)
+
+
+@functools.lru_cache(maxsize=32)
+def rearrangement(before: Bytes, after: Bytes) -> Callable:
+    """Blocks and scales in another order; each device rearranges what it holds. Sizes differ, so
+    there is nothing to donate."""
+    if before.order == after.order:
+        return lambda blocks, scales: (blocks, scales)
+
+    def run(blocks, scales):
+        here = Mxfp4(blocks, scales, before.order, before.outputs, before.pieces)
+        there = here.arranged(after.order, after.pieces)
+        return there.blocks, there.scales
+
+    if not isinstance(before.shardings[0], NamedSharding):
+        return jax.jit(run)
+    inputs, output = (tuple(s.spec for s in kind.shardings) for kind in (before, after))
+    mesh = before.shardings[0].mesh
+    parts = jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
+    return jax.jit(parts, out_shardings=after.shardings)  # or jax spells them in another way
 
 
 def packed_pieces(axes: Names, where: Placement | None) -> tuple[int, int]:

@@ -12,11 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.training.formats import Format, RowProblems, conversation_of, recognise
 from gptoss_jax.training.profiles import PROFILES, Fault, Harmony
-from gptoss_jax.training.sources import SourceRow, expand, parquet_header, read_file, size_of
+from gptoss_jax.training.sources import (
+    SourceRow,
+    expand,
+    is_function,
+    parquet_header,
+    read_file,
+    size_of,
+)
 from gptoss_jax.training.tally import Tally, TokenOptions
 
 Severity = Literal["error", "warning"]
-Profile = Literal["harmony", "together", "openai"]
 MAX_KEPT = 10_000  # findings of a kind that a report shows; all are counted
 
 
@@ -78,7 +84,7 @@ class Report:
 def check(
     paths: str | Iterable[str],
     *,
-    profile: Profile = "harmony",
+    profile: str = "harmony",
     tokens: TokenOptions | None = None,
 ) -> Report:
     """Read all files of `paths` and report everything at once; without `tokens` none are counted.
@@ -174,12 +180,13 @@ class _Run:
         for column in unused:
             if (row.path, column) not in self._warned:
                 self._warned.add((row.path, column))
-                text = f"a column that {found.name} has no use for; from here on it is left out"
+                text = f"no column of {found.name}, so all of it is left out; is that meant?"
                 yield Fault("unused_column", column, text, True)
 
 
 def _file_faults(path: str, size: int, rules: Harmony) -> Iterator[Fault]:
-    if not path.endswith(rules.suffixes):
+    made_here = is_function(path) and rules.reads_functions
+    if not (path.endswith(rules.suffixes) or made_here):
         known = ", ".join(rules.suffixes)
         yield Fault("filetype", "", f"expected {known}, got another kind of file; convert it")
     if size == 0:

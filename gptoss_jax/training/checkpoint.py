@@ -9,13 +9,12 @@ them see. Knows no model; the published files of one are the business of weights
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptoss_jax.distributed import together
+from gptoss_jax.model.placed import Bytes, rearrangement
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def _restored(name: str, like: Any, arrays: Mapping[str, jax.Array]) -> Any:
     if not isinstance(like, Mxfp4):
         return arrays[name]
     members = arrays[f"{name}.blocks"], arrays[f"{name}.scales"]
-    blocks, scales = _rearrangement(_published_bytes(like), _bytes(like))(*members)
+    blocks, scales = rearrangement(_published_bytes(like), _bytes(like))(*members)
     return dataclasses.replace(like, blocks=blocks, scales=scales)
 
 
@@ -232,37 +232,29 @@ def _numbers(key: Any) -> Any:
 # The bytes of an Mxfp4 ---------------------------------------------------------------------------
 
 
-class _Bytes(NamedTuple):
-    """Where blocks and scales lie, and what a device knows of its own part of them."""
-
-    shardings: tuple[Any, Any]  # of blocks and scales; None is the first device
-    order: str = "published"
-    outputs: int | None = None
-    pieces: tuple[int, int] = (1, 1)
-
-
-def _bytes(value: Mxfp4) -> _Bytes:
+def _bytes(value: Mxfp4) -> Bytes:
+    """As they are."""
     shardings = value.blocks.sharding, value.scales.sharding
     if value.order != "inputs_first":
-        return _Bytes(shardings, value.order)
+        return Bytes(shardings, value.order)
     _, scales = _published_structs(value)
     part = scales.sharding.shard_shape(scales.shape) if scales.sharding else scales.shape
     over = [whole // own for whole, own in zip(scales.shape[-2:], part[-2:], strict=True)]
     pieces = tuple(count // devices for count, devices in zip(value.pieces, over, strict=True))
     assert all(pieces), "a device has a part of a piece"
-    return _Bytes(shardings, value.order, value.outputs and value.outputs // over[0], pieces)
+    return Bytes(shardings, value.order, value.outputs and value.outputs // over[0], pieces)
 
 
-def _published_bytes(value: Mxfp4) -> _Bytes:
+def _published_bytes(value: Mxfp4) -> Bytes:
     """The same tensor on the same devices, as published."""
     here = value.scales.sharding
     if not isinstance(here, NamedSharding):
-        return _Bytes((here, here))
+        return Bytes((here, here))
     spec = (*here.spec, *(None for _ in value.scales.shape[len(here.spec) :]))
     if value.order != "published":
         spec = (*spec[:-2], spec[-1], spec[-2])
     blocks, scales = (PartitionSpec(*names) for names in ((*spec, None), spec))
-    return _Bytes((NamedSharding(here.mesh, blocks), NamedSharding(here.mesh, scales)))
+    return Bytes((NamedSharding(here.mesh, blocks), NamedSharding(here.mesh, scales)))
 
 
 def _published_structs(value: Mxfp4) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -276,23 +268,4 @@ def _published_structs(value: Mxfp4) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def _published(value: Mxfp4) -> tuple[jax.Array, jax.Array]:
-    return _rearrangement(_bytes(value), _published_bytes(value))(value.blocks, value.scales)
-
-
-@functools.lru_cache(maxsize=16)
-def _rearrangement(before: _Bytes, after: _Bytes) -> Callable:
-    """Blocks and scales in another order; each device rearranges what it holds."""
-    if before.order == after.order:
-        return lambda blocks, scales: (blocks, scales)
-
-    def run(blocks, scales):
-        here = Mxfp4(blocks, scales, before.order, before.outputs, before.pieces)
-        there = here.arranged(after.order, after.pieces)
-        return there.blocks, there.scales
-
-    if not isinstance(before.shardings[0], NamedSharding):
-        return jax.jit(run)
-    inputs, output = (tuple(s.spec for s in kind.shardings) for kind in (before, after))
-    mesh = before.shardings[0].mesh
-    spread = jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
-    return jax.jit(spread)
+    return rearrangement(_bytes(value), _published_bytes(value))(value.blocks, value.scales)

@@ -83,7 +83,7 @@ def held_out_rows(number: int = 500, seed: int = 0) -> Iterator[dict]:
 def _draw(rng: random.Random, *, held_out: bool) -> Difference:
     while True:
         pair = [rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3))) for _ in "ab"]
-        if rng.random() < 0.7:
+        if rng.random() < 0.85:
             pair.sort(reverse=True)
         difference = Difference(*pair)
         if difference.held_out == held_out:

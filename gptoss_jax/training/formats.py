@@ -16,6 +16,7 @@ from gptoss_jax.harmony.tools import FunctionTool
 from gptoss_jax.training.conversations import Conversation
 from gptoss_jax.training.sharegpt import messages_of_turns
 
+_ROLE_AND_CONTENT = {"role", "content"}
 _THINKING = ("thinking", "reasoning_content", "reasoning")  # names for the analysis, best first
 
 
@@ -59,7 +60,7 @@ def conversation_of(fields: Mapping[str, Any]) -> Conversation:
         located = found.read(fields, problems)
         conversation = Conversation(
             *_messages(located, problems),
-            tools=tuple(_tools(fields, problems)),
+            tools=_tools(fields, problems),
             effort=_effort(fields, problems),
         )
     if problems:
@@ -103,7 +104,7 @@ def _messages(
     function_names: dict[str, str] = {}  # of the calls so far, by their ids
     for where, raw in located:
         weight = 1.0
-        if type(raw) is dict and len(raw) > 2:  # more than role and content
+        if type(raw) is dict and raw.keys() != _ROLE_AND_CONTENT:
             weight = _weight(where, raw, problems)
             raw = _as_openai(where, raw, problems)
         for message in convert_message(where, raw, function_names, problems):
@@ -161,37 +162,41 @@ def _with_text_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": text}}
 
 
-def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> list[FunctionTool]:
+def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> tuple[FunctionTool, ...]:
     """From `tools`, or from `functions`, which have no wrapping; a column may be JSON text."""
-    tools = _list_or_json("tools", fields, problems)
-    functions = _list_or_json("functions", fields, problems)
-    if not tools and not functions:
-        return []
-    if not functions:
-        return convert_tools(tools, problems)
-    if tools:
+    columns = [name for name in ("tools", "functions") if fields.get(name)]
+    if not columns:
+        return ()
+    if len(columns) > 1:
+        functions = fields["functions"]
         problems.append(problem("functions", "none beside tools", functions, "keep tools alone"))
-    own: list[Problem] = []
-    wrapped = [{"type": "function", "function": function} for function in functions]
-    converted = convert_tools(wrapped, own)
-    for path, text in own:
-        at = path.replace("tools[", "functions[").replace("].function", "]")
-        problems.append(Problem(at, text))
-    return converted
+    value = fields[columns[0]]
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    tools, wrong = _tools_of(columns[0], text)
+    problems += wrong
+    return tools
 
 
-def _list_or_json(column: str, fields: Mapping[str, Any], problems: list[Problem]) -> list:
-    value = fields.get(column)
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError:
-            problems.append(problem(column, "a list of tools, or JSON of one", value, "correct it"))
-            return []
-    if value and not isinstance(value, list):
-        problems.append(problem(column, "a list of tools", value, "send a list"))
-        return []
-    return value or []
+@functools.lru_cache(maxsize=64)  # most rows of a dataset have the same tools
+def _tools_of(column: str, text: str) -> tuple[tuple[FunctionTool, ...], tuple[Problem, ...]]:
+    try:
+        tools = json.loads(text)
+    except ValueError:
+        tools = text
+    problems: list[Problem] = []
+    if not isinstance(tools, list):
+        wrong = problem(column, "a list of tools, or JSON of one", tools, "write a list")
+        return (), (wrong,)
+    if column == "tools":
+        return tuple(convert_tools(tools, problems)), tuple(problems)
+    wrapped = [{"type": "function", "function": function} for function in tools]
+    converted = tuple(convert_tools(wrapped, problems))
+    places = [
+        path.replace("tools[", "functions[").replace("].function", "]") for path, _ in problems
+    ]
+    return converted, tuple(
+        Problem(place, text) for place, (_, text) in zip(places, problems, strict=True)
+    )
 
 
 def _effort(fields: Mapping[str, Any], problems: list[Problem]) -> str | None:

@@ -25,6 +25,8 @@ from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.step import AnyBatch, Step, TrainState
 
+Metrics = dict[str, int | float]
+
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
@@ -35,8 +37,8 @@ class Run:
     step: int = 0  # the number of steps done
     steps: int  # that the optimisation has
     folder: Path | None  # for what a hook writes
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of this step
-    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)  # the last one
+    metrics: Metrics = dataclasses.field(default_factory=dict)  # of this step
+    evaluation: Metrics = dataclasses.field(default_factory=dict)  # the same, if there was one
     metric: float | None = None  # of this step, by which the best checkpoint is chosen
     tokens: int = 0
     trained_tokens: int = 0

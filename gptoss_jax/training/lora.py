@@ -8,7 +8,6 @@ arrays are shared with the model that comes out; model/adapter.py says what an a
 import dataclasses
 import fnmatch
 import functools
-import itertools
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,14 +17,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptoss_jax.model.adapter import Adapter
+from gptoss_jax.model.adapter import (
+    ATTENTION,
+    LINEARS,
+    Adapter,
+    adapters,
+    linears,
+    shapes_of,
+)
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import Mxfp4
 from gptoss_jax.sharding import Placement
-
-ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.out")
-EXPERTS = ("moe.gate_up", "moe.down")
-LINEARS = (*ATTENTION, "moe.router", *EXPERTS)  # of a block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,9 @@ class LoraOptions:
             if not (type(alpha) in (int, float) and 0 < alpha < math.inf)
         ]
         if not self.targets:
-            problems.append(f"targets: expected patterns of names as {', '.join(LINEARS)}, got none")
+            problems.append(
+                f"targets: expected patterns of names as {', '.join(LINEARS)}, got none"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -83,25 +87,10 @@ def add_lora(model: Transformer, options: LoraOptions, *, seed: int) -> Transfor
             "them, or go on training them"
         )
     adapted = nnx.merge(*nnx.split(model))
-    for name, chosen in choose(linears(model), options).items():
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        set_adapter(adapted, name, chosen, key)
+    layers = linears(adapted)
+    for name, chosen in choose(layers, options).items():
+        layers[name].adapter = _beginning(name, layers[name], chosen, seed, model.placement)
     return adapted
-
-
-def linears(model: Transformer) -> dict[str, Any]:
-    """The layers that can have an adapter, by name."""
-    return {
-        f"blocks.{number}.{name}": functools.reduce(getattr, name.split("."), block)
-        for number, block in enumerate(model.blocks)
-        for name in LINEARS
-    }
-
-
-def adapters(model: Transformer) -> dict[str, Adapter]:
-    """Those there are, by the names of their layers."""
-    found = {name: linear.adapter for name, linear in linears(model).items()}
-    return {name: adapter for name, adapter in found.items() if adapter is not None}
 
 
 def choose(names: Iterable[str], options: LoraOptions) -> dict[str, Chosen]:
@@ -146,53 +135,15 @@ def _chosen(name: str, options: LoraOptions) -> Chosen:
 # Adapters as they begin --------------------------------------------------------------------------
 
 
-def set_adapter(model: Transformer, name: str, chosen: Chosen, key: jax.Array) -> None:
-    """Give the named layer an adapter: a at random, within 1 / sqrt(inputs) of 0, and b zero."""
-    linear = functools.reduce(_member, name.split("."), model)
-    shapes = shapes_of(name, linear, chosen.rank, model.placement)
-    where = model.placement
-    bound = math.prod(shapes.a[1 + shapes.per_expert :]) ** -0.5
+def _beginning(
+    name: str, layer: Any, chosen: Chosen, seed: int, where: Placement | None
+) -> Adapter:
+    """a at random, within 1 / sqrt(inputs) of 0, and b zero."""
+    shapes = shapes_of(name, layer, chosen.rank, where)
     a_lies, b_lies = (where and where.sharding(*axes) for axes in (shapes.a_axes, shapes.b_axes))
-    linear.adapter = Adapter(
-        _uniform(shapes.a, bound, a_lies)(key),
-        _zeros(shapes.b, b_lies)(),
-        a_axes=shapes.a_axes,
-        b_axes=shapes.b_axes,
-        scale=chosen.scale,
-    )
-
-
-def _member(module: Any, word: str) -> Any:
-    return module[int(word)] if word.isdigit() else getattr(module, word)
-
-
-class Shapes(NamedTuple):
-    """Of the two matrices of an adapter, and the logical axes of these."""
-
-    a: tuple[int, ...]
-    b: tuple[int, ...]
-    a_axes: tuple
-    b_axes: tuple
-    per_expert: bool
-
-
-def shapes_of(name: str, linear: Any, rank: int, where: Placement | None) -> Shapes:
-    """From the kernel of a layer: the last axis is its input, or for `out` the last two are.
-
-    No axis is divided over `fsdp` but that of the experts, if it can be: the rest is small.
-    """
-    shape, kind = tuple(linear.kernel.get_value().shape), name.split(".")[-1]
-    names = linear.kernel.get_metadata("axes")
-    axes = tuple("hidden" if axis == "hidden" else None for axis in names)
-    if kind in ("gate_up", "down"):
-        parts = where.size("experts", "embed") if where else 1
-        experts = ("experts", "embed") if shape[0] % parts == 0 else "experts"
-        a, b = (shape[0], rank, shape[-1]), (*shape[:-1], rank)
-        return Shapes(a, b, (experts, None, axes[-1]), (experts, *axes[1:-1], None), True)
-    axes = tuple("heads" if axis == "heads" else None for axis in names)
-    inputs = 2 if kind == "out" else 1
-    a, b = (rank, *shape[-inputs:]), (*shape[:-inputs], rank)
-    return Shapes(a, b, (None, *axes[-inputs:]), (*axes[:-inputs], None), False)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    a = _uniform(shapes.a, shapes.inputs**-0.5, a_lies)(key)
+    return Adapter(a, _zeros(shapes.b, b_lies)(), shapes, scale=chosen.scale)
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,29 +209,34 @@ def _summed(rows: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
     def what(row: WeightGroup):
         return row.name, row.dtype, row.trained
 
-    order = list(dict.fromkeys(map(what, rows)))
-    for key, group in itertools.groupby(sorted(rows, key=lambda r: order.index(what(r))), what):
-        members = list(group)
-        counts = (sum(member[field] for member in members) for field in (2, 3))
-        yield WeightGroup(key[0], key[1], *counts, key[2])
+    rows = list(rows)
+    order = dict.fromkeys(map(what, rows))
+    for name, dtype, trained in order:
+        members = [row for row in rows if what(row) == (name, dtype, trained)]
+        yield WeightGroup(name, dtype, *_sums(members), trained)
+
+
+def _sums(groups: Iterable[WeightGroup]) -> tuple[int, int]:
+    groups = list(groups)
+    return sum(group.count for group in groups), sum(group.num_bytes for group in groups)
 
 
 def weights_table(model: Transformer) -> str:
-    """The stored dtype and the bytes of every group, as text."""
+    """The stored dtype, the bytes and the fate of every group of weights, as text."""
     groups = weight_groups(model)
-    lines = [
-        (g.name, g.dtype, f"{g.count:,}", f"{g.num_bytes / 1e9:.3f} GB", _FATE[g.trained])
-        for g in groups
-    ]
     trained = sum(group.count for group in groups if group.trained)
-    num_bytes = sum(group.num_bytes for group in groups)
-    lines.append(("all", "", f"{sum(g.count for g in groups):,}", f"{num_bytes / 1e9:.3f} GB",
-                  f"{trained:,} trained"))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    all_of_them = WeightGroup("all", "", *_sums(groups), False)
+    rows = [_cells(group, "trained" if group.trained else "frozen") for group in groups]
+    rows.append(_cells(all_of_them, f"{trained:,} trained"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        f"{name:<{widths[0]}}  {dtype:<{widths[1]}}  {count:>{widths[2]}}  {size:>{widths[3]}}  {fate}"
-        for name, dtype, count, size, fate in lines
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, "<<>><", widths, strict=True)
+        )
+        for row in rows
     )
 
 
-_FATE = {True: "trained", False: "frozen"}
+def _cells(group: WeightGroup, fate: str) -> tuple[str, ...]:
+    size = f"{group.num_bytes / 1e9:.3f} GB"
+    return group.name, group.dtype, f"{group.count:,}", size, fate

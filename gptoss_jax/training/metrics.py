@@ -73,10 +73,10 @@ def memory_bytes() -> int:
     return used
 
 
-def step_metrics(stepper: Step, numbers: Numbers, seconds: float) -> dict[str, float]:
+def step_metrics(stepper: Step, numbers: Numbers, seconds: float) -> dict[str, int | float]:
     """What is known of one step that took so long."""
     counts, where = numbers.counts, stepper.where
-    found = {
+    found: dict[str, int | float] = {
         "loss": float(numbers.loss),
         "learning_rate": float(numbers.learning_rate),
         "grad_norm": float(numbers.grad_norm),

@@ -33,6 +33,7 @@ class Harmony:
     suffixes: tuple[str, ...] = SUFFIXES
     max_bytes: int | None = None
     min_rows = 1
+    reads_functions = True  # of Python, which make rows
     reads_parquet = True  # row by row, not its columns alone
 
     def columns(self, names: Sequence[str]) -> list[Fault]:
@@ -49,6 +50,7 @@ class OpenAI(Harmony):
     """OpenAI's cookbook, and at least ten rows, as its service wants them."""
 
     suffixes = (".jsonl",)
+    reads_functions = False
     min_rows = 10
     ROLES = ("system", "user", "assistant", "function")
     KEYS = frozenset({"role", "content", "name", "function_call", "weight"})
@@ -61,7 +63,7 @@ class OpenAI(Harmony):
             return [Fault("missing_messages_list", "messages", text)]
         faults = [
             Fault("column", name, "may be refused as an unknown column; omit it", True)
-            for name in fields.keys() - self.COLUMNS
+            for name in sorted(fields.keys() - self.COLUMNS)
         ]
         has_answer = False
         for index, message in enumerate(messages):
@@ -107,7 +109,7 @@ class Together(Harmony):
 
     suffixes = (".jsonl", ".parquet")
     max_bytes = int(50.1 * 2**30)
-    reads_parquet = False
+    reads_functions = reads_parquet = False
     FORMATS = {
         "text": ("text",),
         "messages": ("messages",),
@@ -152,7 +154,7 @@ class Together(Harmony):
     def _rules(self, fields: dict[str, Any], name: str) -> Iterator[Fault]:
         needs = self.FORMATS[name]
         if len(fields) != len(needs):
-            for column in fields.keys() - {*needs}:
+            for column in sorted(fields.keys() - {*needs}):
                 yield Fault("format", column, f"expected only {', '.join(needs)}; leave it out")
         self._format = self._format or name
         if name != self._format:

@@ -5,6 +5,8 @@ They come after the hooks that measure. Each writes on the first process alone. 
 optional packages, imported when a run begins.
 """
 
+import collections
+import datetime
 import importlib
 import json
 import os
@@ -12,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from gptoss_jax.distributed import is_first
-from gptoss_jax.training.hooks import Hook, Run
+from gptoss_jax.training.hooks import Hook, Metrics, Run
 
 
 class Reporter(Hook):
@@ -24,8 +26,6 @@ class Reporter(Hook):
     def on_start(self, run: Run) -> None:
         if is_first():
             self.open(run)
-            if run.evaluation:  # made by a hook before this one, at the start
-                self.write(run.step, run.evaluation)
 
     def on_step(self, run: Run) -> None:
         if is_first():
@@ -42,7 +42,7 @@ class Reporter(Hook):
     def open(self, run: Run) -> None:
         """Once, before anything is written; `run.step` steps are there already."""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         """What was measured at a step."""
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ class MetricsFile(Reporter):
         _replace(path, "".join(kept))
         self.file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         assert self.file is not None
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
@@ -104,7 +104,7 @@ class TensorBoard(Reporter):
         folder = _folder(run, "TensorBoard") / "tensorboard"
         self.writer = package.SummaryWriter(str(folder), purge_step=run.step + 1)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
@@ -127,7 +127,7 @@ class WandB(Reporter):
         package = _optional("wandb", "wandb")
         self.run = package.init(**self.options, resume="allow", dir=run.folder)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         self.run.log(metrics, step=step)
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Trackio(Reporter):
         package.init(**self.options, resume="allow")
         self.package = package
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         self.package.log(metrics, step=step)
 
     def close(self) -> None:
@@ -178,39 +178,47 @@ class ProgressBar(Reporter):
     def __init__(self, *, every: int = 10, console: Console | None = None):
         self.every, self.console = every, console or Console()
         self.bar: Progress | None = None
-        self.speed = 0.0  # tokens per second, of late
         self.steps = 0
+        self.recent: collections.deque[Metrics] = collections.deque(maxlen=20)
 
     def open(self, run: Run) -> None:
         self.steps = run.steps
         if self.console.is_terminal:
             columns = TextColumn("step {task.completed} of {task.total}"), BarColumn()
-            text = TextColumn("{task.fields[text]}")
-            self.bar = Progress(*columns, text, TimeRemainingColumn(), console=self.console)
+            self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
             self.bar.add_task("", total=run.steps, completed=run.step, text="compiling")
             self.bar.start()
-        run.say = self.console.print
+        run.say = self._say
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def write(self, step: int, metrics: Metrics) -> None:
         if "held_out_loss" in metrics:
-            self.console.print(f"step {step}  held-out loss {metrics['held_out_loss']:.4f}")
+            self._say(f"step {step}  held-out loss {metrics['held_out_loss']:.4f}")
         if "loss" not in metrics:
             return
-        now = metrics["tokens_per_second"]
-        self.speed = 0.9 * self.speed + 0.1 * now if self.speed and self.bar else now
-        text = _shown(metrics, self.speed)
+        text = f"{self._speed(metrics)}  {self._left(step)}"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, text=text)
         elif step % self.every == 0 or step in (1, self.steps):
-            self.console.print(f"step {step} of {self.steps}  {text}", soft_wrap=True)
+            self._say(f"step {step} of {self.steps}  {text}")
+        self.recent.append(metrics)
+
+    def _speed(self, metrics: Metrics) -> str:
+        words = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+        if "mfu" in metrics:
+            words.append(f"MFU {metrics['mfu']:.1%}")
+        return "  ".join([*words, f"{metrics['memory_bytes'] / 1e9:.1f} GB"])
+
+    def _left(self, step: int) -> str:
+        """By the last steps and all that was between them."""
+        if len(self.recent) < 2:
+            return "? left"
+        first, last = self.recent[0]["seconds"], self.recent[-1]["seconds"]
+        seconds = (self.steps - step) * (last - first) / (len(self.recent) - 1)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def _shown(metrics: dict[str, float], speed: float) -> str:
-    words = [f"loss {metrics['loss']:.4f}", f"{speed:,.0f} tokens/s"]
-    if "mfu" in metrics:
-        words.append(f"MFU {metrics['mfu']:.1%}")
-    return "  ".join([*words, f"{metrics['memory_bytes'] / 1e9:.1f} GB"])

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a dataset -> rows of JSON values, each with where it stands.
 
-JSONL (plain, gzip or zstd), JSON and Parquet; files, folders and globs, local or at an fsspec URL.
+JSONL (plain, gzip or zstd), JSON and Parquet; files, folders and globs, local or at an fsspec URL;
+and `module:function`, Python that makes rows, as if what it makes had been written to a JSONL file.
 What cannot be read is a row with an error, so that a check sees everything at once. What the fields
 mean is for `formats.py`.
 """
 
+import functools
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 _KNOWN = ", ".join(SUFFIXES[:-1]) + " or " + SUFFIXES[-1]
 _SPACE = re.compile(r"[ \t\r\n]*")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _ROWS_AT_ONCE = 256  # of Parquet, turned into Python values together
 
 
@@ -70,7 +74,7 @@ def files_of(paths: str | Iterable[str]) -> list[str]:
     problems = [] if paths else ["paths: expected at least one, got none; name a file or a folder"]
     for path in paths:
         found = expand(path)
-        unknown = [file for file in found if not file.endswith(SUFFIXES)]
+        unknown = [file for file in found if not (file.endswith(SUFFIXES) or is_function(file))]
         if not found:
             problems.append(f"{path}: expected a file of rows, got none; check the path")
         problems += [f"{file}: expected {_KNOWN}, got another kind of file" for file in unknown]
@@ -80,14 +84,23 @@ def files_of(paths: str | Iterable[str]) -> list[str]:
     return files
 
 
+def is_function(path: str) -> bool:
+    """Whether a path is no file, but Python that makes rows."""
+    return bool(_FUNCTION.fullmatch(path)) and not os.path.exists(path)
+
+
 def expand(path: str) -> list[str]:
     """The files that one path names: itself, what a glob matches, or a folder's known files."""
+    if is_function(path):
+        return [path]
     found = _expand_url(path) if "://" in path else _expand_local(path)
     return sorted(found)
 
 
 def open_file(path: str) -> Any:
     """A binary file, as it is stored; a plain path is never looked for on a network."""
+    if is_function(path):
+        return io.BytesIO(_made_by(path))
     if "://" not in path:
         return open(path, "rb")
     return _fsspec().open(path, "rb").open()
@@ -95,10 +108,26 @@ def open_file(path: str) -> Any:
 
 def size_of(path: str) -> int:
     """Bytes of a file as it is stored."""
+    if is_function(path):
+        return len(_made_by(path))
     if "://" not in path:
         return os.stat(path).st_size
     system, inner = _fsspec().core.url_to_fs(path)
     return system.size(inner)
+
+
+@functools.lru_cache(maxsize=2)
+def _made_by(target: str) -> bytes:
+    """The rows of a function, as JSONL; ValueError if it cannot be found."""
+    module, _, name = target.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{target}: expected a file of rows, or a function that makes rows, got neither "
+            f"({error}); start where its module is, or set PYTHONPATH"
+        ) from error
+    return b"".join(json.dumps(row).encode() + b"\n" for row in function())
 
 
 def parquet_header(path: str) -> tuple[list[str], int]:
@@ -181,11 +210,13 @@ def parse_object(line: str) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _json_error(line: str, error: Exception) -> str:
+    if not line:
+        return "expected a JSON object, got the end of the file; copy or write it again"
     if not line.strip():
         return "expected a JSON object, got a blank line; delete the line"
     if line.startswith("\ufeff"):
         return "expected JSON, got a byte order mark; save the file as UTF-8 without one"
-    at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
     reason = str(getattr(error, "msg", error))
     return f"expected a JSON object, got {reason!r}{at}; correct the line"
 

@@ -315,7 +315,7 @@ def _step_program(
         one = functools.partial(gradient_of, state.params, frozen)
         gradient, (sums, counts) = _summed(one, batch) if options.micro_batches > 1 else one(batch)
         gradient = jax.tree.map(lambda g: g / sums.divisor(), gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         groups = _group_norms(gradient) if options.group_norms else {}
         balance = sums.balance / sums.divisor()
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its step count with floats
@@ -393,7 +393,7 @@ def _group_norms(gradient: Any) -> dict[str, Array]:
     for path, variable in nnx.to_flat_state(gradient):
         name = f"layer {path[1]}" if path[0] == "blocks" else str(path[0])
         groups.setdefault(name, []).append(variable.get_value())
-    return {name: optax.global_norm(some) for name, some in groups.items()}
+    return {name: optax.tree.norm(some) for name, some in groups.items()}
 
 
 def _if(condition: Array, this: Any, that: Any) -> Any:

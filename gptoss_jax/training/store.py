@@ -127,10 +127,9 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Until the last save is on the disk; raises OSError if it is not, and never will be."""
-        thread, self._saving = self._saving, None
-        if thread is not None:
-            thread.join()
-            error, self._error = self._error, None
+        if self._saving is not None:
+            self._saving.join()
+            error, self._saving, self._error = self._error, None, None
             _raise_of_all(error)
 
     def restore(self, like: T, *, step: int | None = None) -> Restored[T] | None:

@@ -16,7 +16,7 @@ import numpy as np
 from gptoss_jax.harmony import SystemSettings, Tokenizer
 from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
 from gptoss_jax.training.conversations import Conversation
-from gptoss_jax.training.masks import Mask, tokenize
+from gptoss_jax.training.masks import Mask, expand_turns, tokenize
 from gptoss_jax.training.packing import first_fit, shuffled
 from gptoss_jax.training.profiles import Fault
 
@@ -32,6 +32,7 @@ class TokenOptions:
     mask: Mask = "assistant"
     length: int = 2048  # tokens of a packed row
     rows: int = 8  # packed rows of a step
+    expand_turns: bool = False  # a document for each turn
 
 
 class Tally:
@@ -105,37 +106,42 @@ class Tally:
 
     def _tokens(self, conversation: Conversation, options: TokenOptions) -> list[Fault]:
         try:
-            row = tokenize(
-                conversation,
-                tokenizer=options.tokenizer,
-                settings=options.settings,
-                mask=options.mask,
-            )
+            trained = self._documents(conversation, options)
         except ValueError as error:  # a tool whose schema the library cannot show, say
             return [Fault("render", "row", str(error))]
-        count, trained = len(row.tokens), row.trained
-        self._lengths.append(count)
-        self._trained.append(trained)
         faults = [] if trained else [self._nothing_to_train()]
+        count = self._lengths[-1]  # of the longest: later turns hold the earlier ones
         if count > options.length:
             loses = bool(conversation.messages) and conversation.messages[-1].is_answer
             self._cut += loses
             end = "final answer" if loses else "end"
-            text = (
-                f"has {count} tokens, {options.length} fit: its {end} is cut off; shorten the row"
-            )
+            text = f"has {count} tokens, {options.length} fit; it is left out or loses its {end}"
             faults.append(Fault("cut_off", "row", text, True))
         return faults
 
+    def _documents(self, conversation: Conversation, options: TokenOptions) -> int:
+        """Note the tokens of the row's documents; returns how many are trained."""
+        turns = expand_turns(conversation) if options.expand_turns else [conversation]
+        documents = [
+            tokenize(
+                turn, tokenizer=options.tokenizer, settings=options.settings, mask=options.mask
+            )
+            for turn in turns
+        ]
+        self._lengths.extend(len(document.tokens) for document in documents)
+        trained = [document.trained for document in documents]
+        self._trained.extend(trained)
+        return sum(trained)
+
     def _token_statistics(self, options: TokenOptions) -> dict[str, Any]:
-        lengths = np.array(self._lengths)
+        lengths = np.array(self._lengths, np.int64)
         kept = lengths[lengths <= options.length]
         packed = len(first_fit(kept, shuffled(len(kept), 0, 0), options.length))
         return {
             "tokens": int(lengths.sum()),
             "trained_tokens": sum(self._trained),
             "tokens_per_row": _spread(lengths),
-            "trained_tokens_per_row": _spread(np.array(self._trained)),
+            "trained_tokens_per_row": _spread(np.array(self._trained, np.int64)),
             "length": options.length,
             "rows_over_length": int((lengths > options.length).sum()),
             "rows_with_final_cut_off": self._cut,
@@ -144,6 +150,7 @@ class Tally:
             "rows_per_step": options.rows,
             "steps_per_epoch": round(packed / options.rows, 1),
             "mask": options.mask,
+            "expand_turns": options.expand_turns,
             "settings": dataclasses.asdict(options.settings),
         }
 
@@ -156,7 +163,7 @@ def _empty_answers(conversation: Conversation) -> list[Fault]:
     return [Fault("empty_answer", "row", text, True)]
 
 
-def _spread(counts: np.ndarray) -> dict[str, float]:
+def _spread(counts: np.ndarray) -> dict[str, int | float]:
     low, middle, high = np.percentile(counts, [5, 50, 95])
     return {
         "min": int(counts.min()),

@@ -21,7 +21,7 @@ from flax import nnx
 
 from gptoss_jax.distributed import everyones, is_first
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.hooks import Hook, Run
+from gptoss_jax.training.hooks import Hook, Metrics, Run
 from gptoss_jax.training.metrics import step_metrics
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.signals import SafeStop
@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
     reason: str
     interrupted: bool  # by a signal: it can be resumed
     failed: bool  # the last checkpoint could not be written
-    metrics: dict[str, float]  # of the last step, and of the last evaluation
+    metrics: Metrics  # of the last step, and of the last evaluation
 
 
 def train(
@@ -113,7 +113,7 @@ class _Loop:
         self.facts: dict[str, Any] = facts
         self.say: Callable[[str], None] = say
         self.failed = False
-        self.evaluated: dict[str, float] = {}
+        self.evaluated: Metrics = {}
 
     def begin(self, model: Transformer, accept: Callable, folder: Path | None) -> Run:
         """The run at its start, or as the store has it."""

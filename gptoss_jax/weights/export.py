@@ -6,21 +6,20 @@ names and get their own at the end, so a folder with a config.json in it is a fi
 """
 
 import contextlib
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import INDEX, pieces
 from gptoss_jax.weights.load import pack_rows, parameter_dtype, unpack_rows
 from gptoss_jax.weights.names import Entry, entries
+from gptoss_jax.weights.new_folder import NewFolder, in_one_process
 from gptoss_jax.weights.progress import Progress
 from gptoss_jax.weights.safetensors_file import CheckpointError, Spec, Writer
 from gptoss_jax.weights.tree import arrays_of, is_packed, rows_of
@@ -41,7 +40,6 @@ GENERATION = {  # as published: startoftext; endoftext; return, endoftext, call
     "pad_token_id": 199999,
 }
 PUBLISHED_VOCABULARY = 201088
-PARTIAL = ".partial"
 
 
 def export(
@@ -75,7 +73,7 @@ def export(
 
     def write() -> None:
         texts = _texts(model, experts, generation)
-        with _NewFolder(folder) as new, _Shards(new, specs, max_shard_bytes) as shards:
+        with NewFolder(folder) as new, _Shards(new, specs, max_shard_bytes) as shards:
             total = sum(spec.num_bytes for spec in specs.values())
             with Progress("writing", total, progress) as bar:
                 for entry, first_row, rows in converted:
@@ -85,36 +83,10 @@ def export(
                 new.file(name).write_text(text, encoding="utf-8")
 
     if model.placement and model.placement.mesh.is_multi_process:
-        _in_one_process(write, converted)
+        in_one_process(write, converted)
     else:
         write()
     return folder
-
-
-def _in_one_process(write: Callable[[], None], rows: Iterator) -> None:
-    """Write in the first of several processes, while all of them make the rows together.
-
-    None returns before the rest. Rows that could not be written are made nevertheless: the others
-    wait for every one of them.
-    """
-    problem, left = None, functools.partial(_use_up, rows)
-    for step in (write, left) if jax.process_index() == 0 else (left,):
-        try:
-            step()
-        except Exception as error:
-            problem = problem or error
-    fine = multihost_utils.process_allgather(np.array(problem is None))
-    if problem:
-        raise problem
-    if not fine.all():
-        raise CheckpointError(
-            f"folder: process {np.argmin(fine)} could not write it; its own message says why"
-        )
-
-
-def _use_up(rows: Iterator) -> None:
-    for _ in rows:
-        pass
 
 
 def _check_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> None:
@@ -177,41 +149,10 @@ def _packed(name: str, rows: np.ndarray, rounding: bool) -> tuple[np.ndarray, np
         raise CheckpointError(f"{error}{hint}") from None
 
 
-class _NewFolder:
-    """A folder whose files appear together at the end of a `with`, or not at all."""
-
-    def __init__(self, folder: Path):
-        self.folder, self._names, self._made = folder, [], not folder.exists()
-
-    def __enter__(self) -> "_NewFolder":
-        if not self._made and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(
-                f"folder: expected a new or empty folder, got {str(self.folder)!r}, which has "
-                "something in it; nothing was written, choose another"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def file(self, name: str) -> Path:
-        """Where to write what will be called `name`."""
-        self._names.append(name)
-        return self.folder / (name + PARTIAL)
-
-    def __exit__(self, kind, *_) -> None:
-        for name in self._names:
-            partial = self.folder / (name + PARTIAL)
-            if kind is None:
-                partial.rename(self.folder / name)
-            else:
-                partial.unlink(missing_ok=True)
-        if kind is not None and self._made:
-            self.folder.rmdir()
-
-
 class _Shards:
     """The tensors spread over files of at most `max_bytes` each, in the order of the table."""
 
-    def __init__(self, new: _NewFolder, specs: Mapping[str, Spec], max_bytes: int):
+    def __init__(self, new: NewFolder, specs: Mapping[str, Spec], max_bytes: int):
         groups: list[dict[str, Spec]] = [{}]
         room = max_bytes
         for key, spec in specs.items():

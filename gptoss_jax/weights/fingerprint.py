@@ -4,20 +4,27 @@
 SHA-256 over one line per array, sorted by name: our name, dtype, shape and the SHA-256 of its bytes
 in the model's order. So Hugging Face and `original/` folders of one model agree, and so does a
 model loaded from them as stored (packed, bfloat16). BF16 experts, and parameters cast to float32,
-are other bytes and have another fingerprint. Config, tokenizer and file names are not covered.
+are other bytes and have another fingerprint. Config, tokenizer, file names and a model's adapters
+are not covered.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from gptoss_jax.folders import cache_folder
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import open_checkpoint, pieces
 from gptoss_jax.weights.progress import Progress
 from gptoss_jax.weights.tree import arrays_of, rows_of
+
+ADAPTER = "adapter"  # the attribute of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +59,27 @@ def fingerprint(source: Transformer | str | Path, *, progress: bool | None = Non
     return Fingerprint(tuple(sorted(lines)))
 
 
+def kept_fingerprint(folder: str | Path, *, progress: bool | None = None) -> str:
+    """The same number of a checkpoint folder, which is hashed once: it is kept in the user's cache
+    for as long as its files have the sizes and times they had."""
+    checkpoint = open_checkpoint(folder)
+    files = sorted({tensor.file.resolve() for tensor in checkpoint.tensors.values()})
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([checkpoint.layout, *facts]).encode()).hexdigest()
+    kept = cache_folder() / "fingerprints" / key
+    with contextlib.suppress(OSError):
+        return kept.read_text(encoding="utf-8")
+    found = fingerprint(folder, progress=progress).hex
+    with contextlib.suppress(OSError):  # a cache that cannot be written to costs time, no more
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_name(f"{key}.{os.getpid()}")
+        new.write_text(found, encoding="utf-8")
+        new.replace(kept)
+    return found
+
+
 def _model_lines(model: Transformer, progress: bool | None) -> Iterator[str]:
-    arrays = arrays_of(model)
+    arrays = {name: x for name, x in arrays_of(model).items() if ADAPTER not in name.split(".")}
     total = sum(array.nbytes for array in arrays.values())
     with Progress("hashing", total, progress) as bar:
         for name, array in arrays.items():

@@ -23,6 +23,7 @@ from gptoss_jax.device import target
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import Mxfp4, pack, unpack
 from gptoss_jax.sharding import Placement, placement
+from gptoss_jax.weights.adapters import check_base, open_adapter, with_adapter
 from gptoss_jax.weights.checkpoint import Checkpoint, Piece, open_checkpoint
 from gptoss_jax.weights.names import Entry, entries
 from gptoss_jax.weights.progress import Progress
@@ -40,6 +41,8 @@ def load(
     dtype: Any = None,
     mesh: Any = None,
     rules: Mapping[str, Sequence[str]] | None = None,
+    adapter: str | Path | None = None,
+    any_base: bool = False,
     progress: bool | None = None,
 ) -> Transformer:
     """The model in a checkpoint folder of any layout: Hugging Face, `original/`, or BF16 experts.
@@ -48,8 +51,9 @@ def load(
     that loses nothing, and refused otherwise. `experts="bf16"` holds plain arrays of `dtype`.
     `dtype` is "bfloat16" or "float32" for everything that is not packed; None means bfloat16 on
     accelerators and float32 on CPU. `mesh`, a Mesh or a Placement, splits the model over devices,
-    as `place` does and by the same `rules`. `progress` None shows a bar on a terminal if the load
-    is long.
+    as `place` does and by the same `rules`. `adapter` is a folder of adapters.py, which belongs to
+    this checkpoint unless it may belong to `any_base`. `progress` None shows a bar on a terminal if
+    the load is long.
     Raises CheckpointError or ConfigError, both ValueErrors, that list everything that is wrong.
     """
     if experts not in ("packed", "bf16"):
@@ -58,6 +62,9 @@ def load(
     kind = parameter_dtype(dtype)
     checkpoint = open_checkpoint(path)
     where = _placed(mesh, checkpoint.config, experts, rules)
+    adapters = None if adapter is None else open_adapter(adapter)
+    if adapters and not any_base:
+        check_base(adapters, path, progress=progress)
     abstract = abstract_model(checkpoint, experts=experts, dtype=kind, where=where)
     steps = list(_steps(checkpoint, wanted(abstract)))
     arrays = {}
@@ -67,7 +74,7 @@ def load(
         assert bar.done == bar.num_bytes, "bytes were left out or read twice"
     model = with_arrays(abstract, arrays)
     model.origin = str(Path(path).absolute())
-    return model
+    return with_adapter(model, adapters) if adapters else model
 
 
 def _check_mesh(mesh: Any, rules: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from gptoss_jax.model.placed import Names, member_axes, spread
+from gptoss_jax.model.placed import Bytes, Names, member_axes, rearrangement
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4, published_blocks, published_scales
 from gptoss_jax.sharding import Placement
@@ -99,22 +99,12 @@ def arrangements(model: Transformer) -> dict[str, Callable]:
     }
 
 
-@functools.lru_cache(maxsize=16)
 def _arrangement(where: Placement | None, axes: Names, order: str) -> Callable:
-    """Each device arranges what it holds. Sizes differ, so there is nothing to donate."""
-
-    def arranged(blocks, scales):
-        packed = Mxfp4(blocks, scales).arranged(order)
-        return packed.blocks, packed.scales
-
-    if where is None:
-        return jax.jit(arranged)
     before, after = (
-        tuple(where.sharding(*names) for names in member_axes(axes, each))
+        Bytes(tuple(where and where.sharding(*names) for names in member_axes(axes, each)), each)
         for each in ("published", order)
     )
-    run = spread(where, arranged, tuple(s.spec for s in before), tuple(s.spec for s in after))
-    return jax.jit(run, out_shardings=after)  # or jax would spell them in another way
+    return rearrangement(before, after)
 
 
 def with_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> Transformer:

@@ -14,6 +14,8 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.training.batch import Batch
+from gptoss_jax.training.lora import LoraOptions, add_lora
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.prefixed import PrefixedBatch, Row, batches
 
@@ -59,6 +61,24 @@ def random_batch(vocab_size: int, num_rows: int = 8) -> PrefixedBatch:
     return next(made)
 
 
+def packed_batch(vocab_size: int, *, num_rows: int = 8, length: int = 22, seed: int = 0) -> Batch:
+    """Rows of documents of 3 to 9 tokens; weights are 0, 1/2 and 1, and some rows have few."""
+    rng = np.random.default_rng(seed)
+    segments = np.zeros((num_rows, length), np.int32)
+    positions = np.full((num_rows, length), -1, np.int32)
+    weights = np.zeros((num_rows, length), np.float32)
+    for row in range(num_rows):
+        start = document = 0
+        while start < length - 3:
+            size = min(int(rng.integers(3, 10)), length - start)
+            document, stop = document + 1, start + size
+            segments[row, start:stop], positions[row, start:stop] = document, np.arange(size)
+            weights[row, start + 1 : stop] = rng.choice([0, 0.5, 1], size - 1) * (row % 3 > 0)
+            start = stop
+    tokens = rng.integers(vocab_size, size=(num_rows, length), dtype=np.int32)
+    return Batch(tokens=tokens, positions=positions, segments=segments, weights=weights)
+
+
 def random_model(config: ModelConfig, *, seed: int = 0, experts: str = "bf16") -> Transformer:
     """In float32, and nothing in it is zero, as biases and sinks of a new model are.
 
@@ -78,6 +98,20 @@ def random_model(config: ModelConfig, *, seed: int = 0, experts: str = "bf16") -
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), experts=experts))
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map_with_path(filled, state))
+
+
+def adapted_model(config: ModelConfig, *targets: str, experts: str = "packed") -> Transformer:
+    """With adapters that already do something, different numbers all."""
+    base = random_model(config, experts=experts)
+    model = add_lora(base, LoraOptions(rank=2, targets=targets), seed=0)
+    graph, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    def moved(x):
+        return x + 0.05 * jnp.asarray(
+            np.cos(np.arange(1, x.size + 1, dtype=np.float32)).reshape(x.shape)
+        )
+
+    return nnx.merge(graph, jax.tree.map(moved, factors), rest)
 
 
 def by_name(state: nnx.State) -> dict[str, jax.Array]:

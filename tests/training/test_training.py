@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows, loss and loop: against NumPy, against the unshared computation, and run to run."""
 
+import dataclasses
 import itertools
 import random
 
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_runs import ONE_LAYER, packed_batch, random_model
 
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer
-from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import E2M1
-from gptoss_jax.training import trainer
-from gptoss_jax.training.loss import next_token_loss
+from gptoss_jax.training.hooks import Hook
+from gptoss_jax.training.loss import loss_sums, next_token_loss, weighted_nats
+from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.prefixed import PrefixedBatch, Row, batches, tokenize
-from gptoss_jax.training.trainer import Optimisation, train
+from gptoss_jax.training.rounding import round_experts
+from gptoss_jax.training.step import Step, StepOptions
+from gptoss_jax.training.trainer import train
 
 OPTIMISATION = Optimisation(
     steps=6, learning_rate=1e-2, warmup_steps=1, weight_decay=0.01, clip_norm=1.0, beta2=0.98
@@ -41,15 +45,10 @@ def batch(rows) -> PrefixedBatch:
     return next(batches(iter(rows), batch_size=9, length=17, max_prefixes=3, prefix_length=14))
 
 
-@pytest.fixture(scope="module")
-def make_model(config):
-    """A function that makes one and the same model anew; compiled once."""
-    return nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), experts="bf16"))
-
-
 @pytest.fixture
-def model(make_model):
-    return make_model()
+def model(config):
+    """One layer with a window, one without."""
+    return random_model(dataclasses.replace(config, num_layers=2))
 
 
 def test_weights_are_on_what_the_assistant_writes():
@@ -111,17 +110,103 @@ def _forward(model, tokens):
     return model(tokens)
 
 
-def test_training_learns_and_repeats_itself(make_model, batch):
+def test_a_packed_row_is_as_good_as_its_documents():
+    """Each document by itself through the model, then NumPy."""
+    model, batch = random_model(ONE_LAYER), packed_batch(208, num_rows=3)
+    nats = weight = 0.0
+    for row in range(3):
+        for document in range(1, batch.segments[row].max() + 1):
+            mine = np.flatnonzero(batch.segments[row] == document)
+            ids, weights = batch.tokens[row][mine], batch.weights[row][mine]
+            whole = np.concatenate([ids, np.zeros(9 - len(ids), np.int32)])
+            logits = np.asarray(_forward(model, jnp.asarray(whole[None])), np.float64)[0]
+            for t in range(1, len(ids)):
+                peak = logits[t - 1].max()
+                mass = np.log(np.exp(logits[t - 1] - peak).sum()) + peak
+                nats += weights[t] * (mass - logits[t - 1, ids[t]])
+                weight += weights[t]
+
+    sums = nnx.jit(lambda model, batch: loss_sums(model, batch, chunk=10))(model, batch)
+
+    assert float(sums.weight) == weight > 0
+    assert abs(float(sums.nats) - nats) < 1e-6 * nats
+
+
+def test_chunks_of_cross_entropy(getkey):
+    """Value and gradients against float64, for a last chunk that is not full; logits so large that
+    their exponentials overflow."""
+    hidden = 30 * jax.random.normal(getkey(), (37, 12))
+    kernel = jax.random.normal(getkey(), (50, 12))
+    targets = jax.random.randint(getkey(), (37,), 0, 50)
+    weights = jax.random.choice(getkey(), jnp.array([0.0, 0.5, 1.0]), (37,))
+
+    @jax.jit
+    def found(hidden, kernel):
+        def thrice(hidden, kernel):
+            return 3 * weighted_nats(hidden, kernel, targets, weights, 8, None)
+
+        return jax.value_and_grad(thrice, argnums=(0, 1))(hidden, kernel)
+
+    value, (by_hidden, by_kernel) = found(hidden, kernel)
+
+    wide, words = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
+    logits = wide @ words.T
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances = shifted / shifted.sum(axis=1, keepdims=True)
+    masses = np.log(shifted.sum(axis=1)) + logits.max(axis=1)
+    nats = (masses - logits[np.arange(37), targets]) * np.asarray(weights)
+    by_logits = 3 * (chances - np.eye(50)[targets]) * np.asarray(weights)[:, None]
+    np.testing.assert_allclose(value, 3 * nats.sum(), rtol=1e-6)
+    np.testing.assert_allclose(by_hidden, by_logits @ words, atol=2e-5)
+    np.testing.assert_allclose(by_kernel, by_logits.T @ wide, atol=5e-4)
+    assert np.abs(by_logits @ words).max() > 5 and np.abs(by_logits.T @ wide).max() > 100
+    undifferentiated = weighted_nats(hidden, kernel, targets, weights, 8, None)
+    np.testing.assert_allclose(undifferentiated, nats.sum(), rtol=1e-6)
+
+
+def test_a_frozen_kernel_has_no_gradient():
+    shapes = [(37, 12), (50, 12), (37,), (37,)]
+    kinds = [jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.float32]
+    like = [jax.ShapeDtypeStruct(*both) for both in zip(shapes, kinds, strict=True)]
+
+    def widest(argnums) -> bool:
+        """Whether the kernel's gradient is added up in float32."""
+        gradient = jax.grad(lambda *x: weighted_nats(*x, 8, None), argnums)
+        return "f32[50,12]" in str(jax.make_jaxpr(gradient)(*like))
+
+    assert widest((0, 1)) and not widest(0)
+
+
+def test_there_are_never_the_logits_of_all_tokens():
+    """8 rows of 22 tokens, V = 208; a chunk is 16 tokens."""
+    model = random_model(ONE_LAYER)
+
+    def shapes(chunk: int) -> str:
+        return Step(model, OPTIMISATION, options=StepOptions(loss_chunk=chunk)).lowered(8, 22)
+
+    assert "tensor<176x208xf32>" in shapes(176).as_text()
+    chunked = shapes(16).as_text()
+    assert "tensor<16x208xf32>" in chunked
+    assert "176x208x" not in chunked and "8x22x208x" not in chunked
+
+
+class Losses(Hook):
+    """Of all steps."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, run) -> None:
+        self.seen.append(run.metrics["loss"])
+
+
+def test_training_with_shared_beginnings_learns_and_repeats_itself(batch):
+    model, options = random_model(ONE_LAYER), StepOptions(mxfp4_experts=True)
+
     def losses() -> list[float]:
-        seen = []
-        train(
-            make_model(),
-            itertools.repeat(batch),
-            OPTIMISATION,
-            mxfp4_experts=True,
-            on_step=lambda step, loss: seen.append(loss),
-        )
-        return seen
+        hook = Losses()
+        train(model, itertools.repeat(batch), OPTIMISATION, options=options, hooks=[hook])
+        return hook.seen
 
     first, second = losses(), losses()
 
@@ -129,19 +214,12 @@ def test_training_learns_and_repeats_itself(make_model, batch):
     assert first[-1] < 0.5 * first[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(model, batch):
-    model.unembed[...] = jnp.full_like(model.unembed[...], jnp.nan)
-
-    with pytest.raises(FloatingPointError, match="at step 1"):
-        train(model, itertools.repeat(batch), OPTIMISATION, mxfp4_experts=True)
-
-
 def test_experts_are_seen_rounded_but_learn_as_if_they_were_not(model):
     _, params = nnx.split(model)
 
     @jax.jit
     def weighed(params):
-        seen = trainer._round_experts(params, None)
+        seen = round_experts(params, None)
         return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(seen)), seen
 
     gradient, seen = jax.grad(weighed, has_aux=True)(params)

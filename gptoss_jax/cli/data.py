@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gptoss data`: is this training data right, and what will be learnt of a row?
+
+`check` reports everything wrong at once and what the data holds; its exit status is 1 if there is
+an error. `show` prints a row as the model is given it, with what it learns of it marked.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from gptoss_jax.cli.info import console
+from gptoss_jax.cli.output import print_json, printable, write
+from gptoss_jax.cli.values import Flag, Folder, Text
+
+if TYPE_CHECKING:
+    from gptoss_jax.harmony import SystemSettings, Tokenizer
+    from gptoss_jax.training.check import Report
+    from gptoss_jax.training.masks import TokenRow
+    from gptoss_jax.training.sources import SourceRow
+
+WARNINGS_SHOWN = 10  # of a kind; errors are shown all
+OPEN, CLOSE = "⟦", "⟧"  # around what is learnt, where there are no colours
+PATHS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Check training data, or show a row with what is learnt of it."""
+
+    what: tyro.conf.Positional[Literal["check", "show"]]
+    """check: everything wrong at once, and statistics. show: one row as tokens with their mask."""
+    paths: tyro.conf.Positional[Annotated[list[str], PATHS]]
+    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet), folders, globs or fsspec URLs."""
+    profile: Literal["harmony", "together", "openai"] = "harmony"
+    """check: whose rules, those of `gptoss finetune` or of a service."""
+    no_tokens: Flag = False
+    """check: count no tokens, which takes most of the time."""
+    length: int = 2048
+    """check: tokens of a packed row."""
+    rows: int = 8
+    """check: packed rows of a step."""
+    expand_turns: Flag = False
+    """check: count a document for each turn, so that the reasoning of all is learnt."""
+    row: int = 1
+    """show: which row, counted from 1 over all files."""
+    mask: Literal["assistant", "final", "analysis+final", "last-turn"] = "assistant"
+    """What of the assistant's messages is learnt."""
+    effort: Literal["low", "medium", "high"] = "medium"
+    """Reasoning effort of rows that name none."""
+    date: Text = None
+    """YYYY-MM-DD that the system message says; without it, it says none."""
+    checkpoint: Folder = None
+    """Folder of the checkpoint whose vocabulary is meant; without it the published one."""
+    json: Flag = False
+    """Print one JSON object instead of text."""
+    debug: Flag = False
+    """Show a traceback when something fails."""
+
+    def run(self) -> int:
+        if not self.paths:
+            raise ValueError("PATH: expected at least one file or folder, got none; name one")
+        wrong = [name for name in ("length", "rows", "row") if getattr(self, name) < 1]
+        if wrong:
+            raise ValueError(f"--{wrong[0]}: expected at least 1, got {getattr(self, wrong[0])}")
+        return self.check() if self.what == "check" else self.show()
+
+    def check(self) -> int:
+        from gptoss_jax.training.check import check
+        from gptoss_jax.training.tally import TokenOptions
+
+        tokens = None
+        if not self.no_tokens:
+            tokens = TokenOptions(
+                tokenizer=self.tokenizer(),
+                settings=self.settings(),
+                mask=self.mask,
+                length=self.length,
+                rows=self.rows,
+                expand_turns=self.expand_turns,
+            )
+        report = check(self.paths, profile=self.profile, tokens=tokens)
+        if self.json:
+            print_json(report.as_json())
+        else:
+            print_report(report)
+        return 0 if report.passed else 1
+
+    def show(self) -> int:
+        from gptoss_jax.training.formats import conversation_of
+        from gptoss_jax.training.masks import tokenize
+
+        source = self.source()
+        where = f"{source.path}:{source.line}"
+        if source.fields is None:
+            raise ValueError(f"{where}: {source.error}")
+        try:
+            conversation = conversation_of(source.fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        tokenizer, settings = self.tokenizer(), self.settings()
+        row = tokenize(conversation, tokenizer=tokenizer, settings=settings, mask=self.mask)
+        effort = conversation.effort or self.effort
+        facts = {"path": source.path, "line": source.line, "mask": self.mask, "effort": effort}
+        if self.json:
+            tokens, weights = row.tokens.tolist(), row.weights.tolist()
+            texts = [tokenizer.token_text(token) for token in tokens]
+            print_json({**facts, "tokens": tokens, "weights": weights, "texts": texts})
+            return 0
+        print_row(row, tokenizer)
+        share = row.trained / len(row.tokens)
+        print(
+            f"\n{where}: {len(row.tokens)} tokens, {row.trained} learnt ({share:.1%}); "
+            f"mask {self.mask}, effort {effort}, date {self.date or 'none'}"
+        )
+        return 0
+
+    def source(self) -> "SourceRow":
+        from gptoss_jax.training.sources import read_rows
+
+        number = 0
+        for number, source in enumerate(read_rows(self.paths), start=1):
+            if number == self.row:
+                return source
+        raise ValueError(f"--row: expected 1 to {number}, got {self.row}; there are no more rows")
+
+    def tokenizer(self) -> "Tokenizer":
+        from gptoss_jax.harmony import Tokenizer
+
+        if self.checkpoint is None:
+            return Tokenizer.published()
+        return Tokenizer.from_folder(self.checkpoint)
+
+    def settings(self) -> "SystemSettings":
+        from gptoss_jax.harmony import SystemSettings
+
+        return SystemSettings(reasoning_effort=self.effort, current_date=self.date)
+
+
+def print_report(report: "Report") -> None:
+    """Findings a line each, then what the data holds, then the verdict."""
+    shown: Counter[str] = Counter()
+    for finding in report.findings:
+        shown[finding.kind] += finding.severity == "warning"
+        if finding.severity == "error" or shown[finding.kind] <= WARNINGS_SHOWN:
+            where = finding.path if finding.line is None else f"{finding.path}:{finding.line}"
+            at = f"{finding.at}: " if finding.at else ""
+            print(printable(f"{where}: {finding.severity}: {at}{finding.text}"))
+    for line in left_out(report, shown):
+        print(line)
+    print_statistics(report.statistics)
+    verdict = "passes" if report.passed else "does not pass"
+    errors, warnings = report.num_errors, report.num_warnings
+    print(f"{verdict} as {report.profile}: {errors} errors, {warnings} warnings")
+
+
+def left_out(report: "Report", shown: Counter[str]) -> Iterator[str]:
+    """A line for each kind of finding of which not all were printed."""
+    for kind, count in report.kinds["warning"].items():
+        if count > WARNINGS_SHOWN:
+            yield f"warning: {count - WARNINGS_SHOWN} more of {kind}; --json lists them"
+    kept = Counter(finding.kind for finding in report.findings if finding.severity == "error")
+    for kind, count in report.kinds["error"].items():
+        if count > kept[kind]:
+            yield f"error: {count - kept[kind]} more of {kind}"
+
+
+def print_statistics(statistics: dict[str, Any]) -> None:
+    from rich.table import Column, Table
+
+    facts = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    spreads = {name: value for name, value in statistics.items() if name.endswith("_per_row")}
+    for name, value in statistics.items():
+        if name in spreads or name == "settings":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {count:,}" for key, count in value.items()) or "none"
+        facts.add_row(
+            name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
+        )
+    console().print("", facts)
+    if spreads:
+        table = Table("", box=None, pad_edge=False)
+        for title in next(iter(spreads.values())):
+            table.add_column(title, justify="right")
+        for name, spread in spreads.items():
+            table.add_row(name.replace("_", " "), *(f"{count:,}" for count in spread.values()))
+        console().print("", table)
+    print()
+
+
+def print_row(row: "TokenRow", tokenizer: "Tokenizer") -> None:
+    """The text of a row, a message a line; what is learnt is green, or else in brackets."""
+    from rich.console import Console
+    from rich.text import Text
+
+    screen = Console(highlight=False, soft_wrap=True)
+    if screen.color_system is None or screen.no_color:
+        write("".join(marked(row, tokenizer)) + "\n")
+        return
+    text = Text()
+    for piece, learnt, special in pieces(row, tokenizer):
+        style = "bold green" if learnt else ""
+        text.append(printable(piece), style=f"{style} dim" if special else style)
+    screen.print(text)
+
+
+def marked(row: "TokenRow", tokenizer: "Tokenizer") -> Iterator[str]:
+    """The row's text with brackets around what is learnt."""
+    inside = False
+    for piece, learnt, _ in pieces(row, tokenizer):
+        if learnt and not inside:  # a line begins before the bracket
+            text = piece.removeprefix("\n")
+            yield "\n" * (len(piece) - len(text)) + OPEN + text
+        else:
+            yield CLOSE + piece if inside and not learnt else piece
+        inside = learnt
+    yield CLOSE if inside else ""
+
+
+def pieces(row: "TokenRow", tokenizer: "Tokenizer") -> Iterator[tuple[str, bool, bool]]:
+    """Runs of tokens as text, whether they are learnt, and whether they are special tokens.
+
+    Each message begins a line.
+    """
+
+    def kind(pair: tuple[int, float]) -> tuple[bool, bool]:
+        token, weight = pair
+        return weight > 0, tokenizer.special_text(token) is not None
+
+    pairs = zip(row.tokens.tolist(), row.weights.tolist(), strict=True)
+    is_first = True
+    for (learnt, special), run in itertools.groupby(pairs, kind):
+        text = tokenizer.decode(token for token, _ in run)
+        if special:
+            text = text.replace("<|start|>", "\n<|start|>")
+        yield text.removeprefix("\n") if is_first else text, learnt, special
+        is_first = False

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gptoss finetune`: a run as a TOML file describes it; the same command goes on with it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from gptoss_jax.cli.output import print_json, remark
+from gptoss_jax.cli.processes import OfProcesses
+from gptoss_jax.cli.values import Flag
+
+TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the run
+
+Overrides = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="[FIELD=VALUE ...]")]
+
+
+@dataclass(kw_only=True)
+class Finetune(OfProcesses):
+    """Fine-tune a model as a TOML file says; configs/finetune/ has some to begin from.
+
+    Adapters or all parameters, checkpoints in the run's folder: the same command goes on with a run
+    that was stopped, whose exit status is 75.
+    """
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+    """The run."""
+    overrides: Overrides = dataclasses.field(default_factory=list)
+    """Fields of it that are to be different, as optimisation.steps=20 or lora.rank=16."""
+    json: Flag = False
+    """Print one JSON object at the end."""
+    debug: Flag = False
+    """Show a traceback when something fails."""
+
+    def run(self) -> int:
+        self.join()
+        from gptoss_jax.finetuning.options import FinetuneRun
+        from gptoss_jax.finetuning.run import finetune
+        from gptoss_jax.inference.compilation import enable_compilation_cache
+        from gptoss_jax.run_file import read_run
+
+        run = self.together(lambda: read_run(FinetuneRun, self.config, self.overrides), "config")
+        self.agree("config", run.as_fields)
+        enable_compilation_cache()
+        done = finetune(run, say=remark)
+        outcome = done.outcome
+        if self.json:
+            print_json(
+                {
+                    "steps": outcome.step,
+                    "ended": outcome.reason,
+                    "result": done.result and str(done.result),
+                    **outcome.metrics,
+                }
+            )
+        elif done.result:
+            print(done.result)
+        if outcome.interrupted:
+            return TO_BE_RESUMED
+        return 1 if outcome.failed else 0

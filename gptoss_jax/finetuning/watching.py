@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks of a run, in their order: those that compute, those that decide, those that write."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from gptoss_jax.conversation import chat
+from gptoss_jax.finetuning.options import FinetuneRun
+from gptoss_jax.harmony import Tokenizer
+from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.training import hooks, reporters
+from gptoss_jax.training.batch import Batch
+from gptoss_jax.training.hooks import Hook, hook_from
+
+
+def hooks_of(run: FinetuneRun, held_out: Any, tokenizer: Tokenizer) -> list[Hook]:
+    """What the tables [watch] and [[hooks]] ask for."""
+    watch = run.watch
+    made: list[Hook] = list(_statistics(run, held_out))
+    made += [hook_from(hook.target, **hook.options) for hook in run.hooks]
+    if watch.samples:
+        answer = functools.partial(_answers, tokenizer=tokenizer, run=run)
+        made.append(hooks.Samples(watch.samples, answer, every=watch.samples_every))
+    if watch.patience is not None:
+        made.append(hooks.EarlyStopping(patience=watch.patience))
+    if watch.trace is not None:
+        made.append(hooks.ProfilerTrace(first=watch.trace[0], last=watch.trace[1]))
+    return [*made, *_reporters(run)]
+
+
+def _statistics(run: FinetuneRun, held_out: Any) -> Iterator[Hook]:
+    watch = run.watch
+    if held_out:
+        every = watch.evaluate_every or run.optimisation.steps
+        yield hooks.Evaluation(held_out, every=every, at_start=watch.evaluate_every is not None)
+    if watch.gradients:
+        yield hooks.GradientStatistics()
+    if watch.router_every is not None:
+        batch = _first(held_out)
+        yield hooks.RouterStatistics(batch, every=watch.router_every)
+
+
+def _first(held_out: Iterable[Batch]) -> Batch:
+    if not held_out:
+        raise ValueError("watch.router_every: expected held-out data in data.eval, got none")
+    return next(iter(held_out))
+
+
+def _answers(
+    model: Transformer, prompts: Sequence[str], *, tokenizer: Tokenizer, run: FinetuneRun
+) -> list[str]:
+    """The final answers, greedily, under the system message of the data."""
+    settings = {"reasoning_effort": run.data.effort, "date": run.data.date}
+    replies = [
+        chat(model, prompt, tokenizer=tokenizer, temperature=0.0, max_new_tokens=512, **settings)
+        for prompt in prompts
+    ]
+    return [reply.final for reply in replies]
+
+
+def _reporters(run: FinetuneRun) -> Iterator[Hook]:
+    watch = run.watch
+    yield reporters.MetricsFile()
+    if watch.tensorboard:
+        yield reporters.TensorBoard()
+    if watch.wandb is not None:
+        yield reporters.WandB(project=watch.wandb)
+    if watch.trackio is not None:
+        yield reporters.Trackio(project=watch.trackio)
+    yield reporters.ProgressBar(every=watch.log_every)

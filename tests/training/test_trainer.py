@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps and loop on packed rows: against a loop by hand, run to run, and through interruptions."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from small_runs import ONE_LAYER, adapted_model, by_name, packed_batch, random_model
+
+from gptoss_jax.training.hooks import Hook
+from gptoss_jax.training.optimisers import Optimisation
+from gptoss_jax.training.signals import SafeStop
+from gptoss_jax.training.step import Step, StepOptions, TrainState
+from gptoss_jax.training.store import Restored
+from gptoss_jax.training.trainer import train
+
+OPTIMISATION = Optimisation(steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1)
+OPTIONS = StepOptions(loss_chunk=48, remat=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A packed base with adapters that already do something."""
+    config = dataclasses.replace(ONE_LAYER, sliding_window=4)
+    return adapted_model(config, "attn.q", "attn.out", "moe.down")
+
+
+class Batches:
+    """Different batches without end, with a position."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.number += 1
+        return packed_batch(208, seed=self.number)
+
+    def get_state(self):
+        return {"number": self.number}
+
+    def set_state(self, state):
+        self.number = state["number"]
+
+
+class Options:
+    every = 100
+
+
+class FakeStore:
+    """Keeps what it is given in memory, as a store does on a disk."""
+
+    def __init__(self, every: int = 100, full_from: int = 100):
+        self.options, self.full_from, self.kept = Options(), full_from, {}
+        self.options.every = every
+
+    def save(self, step, state, facts, *, metric=None):
+        if step >= self.full_from:
+            raise OSError(f"no space left; step {max(self.kept)} stays the latest")
+        self.kept[step] = jax.tree.map(np.array, state), json.dumps(facts), metric
+
+    def restore(self, like):
+        if not self.kept:
+            return None
+        state, facts, _ = self.kept[max(self.kept)]
+        return Restored(max(self.kept), jax.tree.map(jnp.asarray, state), json.loads(facts))
+
+    def wait(self):
+        pass
+
+
+class At(Hook):
+    """Does something after one step, and remembers the losses of all."""
+
+    def __init__(self, step: int = 0, action=None):
+        self.step, self.action, self.losses = step, action, []
+
+    def on_step(self, run):
+        self.losses.append(run.metrics["loss"])
+        if run.step == self.step:
+            self.action(run)
+
+
+def run(model, *hooks, batches=None, **options):
+    return train(
+        model,
+        Batches() if batches is None else batches,
+        OPTIMISATION,
+        options=OPTIONS,
+        trainable=nnx.LoRAParam,
+        hooks=hooks,
+        say=lambda text: None,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """A run without interruptions, and its losses."""
+    hook = At()
+    return run(model, hook), hook.losses
+
+
+def check_same_bits(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for array, like in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(array).tobytes() == np.asarray(like).tobytes()
+
+
+def test_a_loop_by_hand(model, whole):
+    """All logits at once, the mean over all tokens, and Optax alone."""
+    graph, params, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 1, 4, 1e-4)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
+
+    def loss_of(params, batch):
+        logits = nnx.merge(graph, params, frozen)(batch.tokens, batch.positions, batch.segments)
+        chances = jax.nn.log_softmax(logits[:, :-1])
+        chosen = jnp.take_along_axis(chances, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        return -(chosen * batch.weights[:, 1:]).sum() / batch.weights.sum()
+
+    @jax.jit
+    def step(params, moments, batch):
+        loss, gradient = jax.value_and_grad(loss_of)(params, batch)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = optimiser.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
+
+    moments, batches, losses = optimiser.init(params), Batches(), []
+    for _ in range(4):
+        batch = jax.tree.map(jnp.asarray, next(batches))
+        params, moments, loss = step(params, moments, batch)
+        losses.append(float(loss))
+
+    outcome, found = whole
+    np.testing.assert_allclose(found, losses, rtol=1e-6)
+    adapters, expected = by_name(nnx.state(outcome.model, nnx.LoRAParam)), by_name(params)
+    before = by_name(nnx.state(model, nnx.LoRAParam))
+    assert adapters.keys() == expected.keys() and len(adapters) == 6
+    for name, array in adapters.items():
+        np.testing.assert_allclose(array, expected[name], atol=2e-5)
+        assert np.abs(np.asarray(array - before[name])).max() > 5e-3
+    assert outcome.model.blocks[0].moe.gate_up.kernel.get_value().blocks is (
+        model.blocks[0].moe.gate_up.kernel.get_value().blocks
+    )
+    assert (outcome.step, outcome.reason, outcome.interrupted) == (4, "all steps are done", False)
+
+
+def test_the_same_batch_is_learnt(model):
+    hook = At()
+
+    run(model, hook, batches=iter([packed_batch(208)] * 4))
+
+    assert hook.losses[3] < hook.losses[2] < hook.losses[1] == hook.losses[0]  # a warm-up
+
+
+def test_two_runs_are_equal_bit_for_bit(model, whole):
+    outcome, losses = whole
+    hook = At()
+
+    again = run(model, hook)
+
+    assert hook.losses == losses
+    check_same_bits(again.state, outcome.state)
+
+
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_parts_of_a_batch_add_up(model, whole, parts):
+    """Their tokens have unequal weights, so that a mean of means would be another loss. Computing
+    blocks twice changes nothing either."""
+    options = dataclasses.replace(OPTIONS, micro_batches=parts, remat=True)
+    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=options)
+    one = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=OPTIONS)
+    batches, state, expected = Batches(), step.first_state(model), one.first_state(model)
+
+    for _ in range(2):
+        batch = next(batches)
+        state, numbers = step(state, batch)
+        expected, like = one(expected, batch)
+
+        assert abs(numbers.loss - like.loss) < 1e-6 * like.loss
+        assert abs(numbers.grad_norm - like.grad_norm) < 1e-5 * like.grad_norm
+        assert jax.tree.map(float, numbers.counts) == jax.tree.map(float, like.counts)
+        assert numbers.weight == batch.weights.sum()
+    for array, wanted in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-6)
+
+
+def test_rows_that_cannot_be_parted(model):
+    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=StepOptions(micro_batches=3))
+
+    with pytest.raises(ValueError, match="micro_batches: expected a divisor of the 8 rows"):
+        step.put(packed_batch(208))
+    with pytest.raises(ValueError, match=r"micro_batches: .* got 0; router_aux_loss: .* got -1"):
+        StepOptions(micro_batches=0, router_aux_loss=-1.0)
+
+
+def test_counts(model):
+    batch = packed_batch(208)
+    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=OPTIONS)
+
+    _, numbers = step(step.first_state(model), batch)
+
+    seen = [
+        (batch.segments[row, t] == batch.segments[row, : t + 1]).sum()
+        for row, t in np.argwhere(batch.segments > 0)
+    ]
+    counts = jax.tree.map(float, numbers.counts)
+    assert counts.tokens == len(seen) > counts.trained == (batch.weights > 0).sum()
+    assert counts.pairs == sum(seen)
+    assert counts.window_pairs == sum(min(number, 4) for number in seen) < counts.pairs
+
+
+def test_a_loss_that_is_not_finite(model, tmp_path):
+    """Stops the run, keeps the batch, and the parameters do not move."""
+    states, good, bad = [], next(Batches()), packed_batch(208, seed=9)
+    bad.weights[4, 2] = np.inf
+
+    class Keep(Hook):
+        def on_step(self, run):
+            states.append(jax.tree.map(np.array, run.state))
+
+        def on_stop(self, run):
+            states.append(run.state)
+
+    with pytest.raises(FloatingPointError, match=r"at step 2; the parameters are those of step 1"):
+        run(model, Keep(), batches=iter([good, bad, good]), folder=tmp_path)
+
+    check_same_bits(*states)
+    kept = np.load(tmp_path / "not-finite-step-2.npz")
+    assert set(kept) == {"tokens", "positions", "segments", "weights"}
+    assert all(np.array_equal(kept[name], getattr(bad, name)) for name in kept)
+
+
+def test_a_run_that_is_taken_up_again(model, whole):
+    """At every step, it ends as if nothing had happened."""
+    outcome, losses = whole
+    for step in (1, 3):
+        store, first, second = FakeStore(), At(step, lambda run: run.stop("enough")), At()
+
+        stopped = run(model, first, store=store, facts={"a": 1})
+        accepted = []
+        resumed = run(model, second, store=store, accept=accepted.append)
+
+        assert (stopped.reason, stopped.step, *store.kept) == ("enough", step, step, 4)
+        assert accepted == [{"a": 1}]
+        assert first.losses + second.losses == losses
+        check_same_bits(resumed.state, outcome.state)
+        for name in ("tokens", "trained_tokens"):
+            assert resumed.metrics[name] == outcome.metrics[name]
+    again = run(model, store=store)
+    assert (again.step, again.reason) == (4, "all steps are done")
+    check_same_bits(again.state, outcome.state)
+
+
+def test_a_run_that_must_not_go_on(model):
+    store = FakeStore()
+    run(model, At(1, lambda run: run.stop("enough")), store=store)
+
+    def refuse(facts):
+        raise ValueError("data.seed: expected 0, got 1")
+
+    with pytest.raises(ValueError, match=r"data\.seed"):
+        run(model, store=store, accept=refuse)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal(model, whole, number):
+    """The step ends, the run is saved, and the handlers are those from before."""
+    store, before = FakeStore(), signal.getsignal(number)
+
+    outcome = run(model, At(2, lambda run: os.kill(os.getpid(), number)), store=store)
+
+    assert outcome.interrupted and outcome.reason == f"stopped by {number.name}"
+    # it came when step 2 was over
+    assert (outcome.step, *store.kept) == (3, 3)
+    assert signal.getsignal(number) is before
+    check_same_bits(run(model, store=store).state, whole[0].state)
+
+
+def test_a_second_interrupt_ends_at_once():
+    with SafeStop() as signals:
+        assert signals.asked(1) is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked(2) == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_full_disk(model):
+    store, said = FakeStore(every=1, full_from=3), At()
+
+    outcome = run(model, said, store=store)
+
+    assert outcome.failed and not outcome.interrupted
+    assert outcome.reason == "no space left; step 2 stays the latest"
+    assert (outcome.step, *store.kept) == (3, 1, 2)
+
+
+def test_batches_come_to_an_end(model):
+    outcome = run(model, batches=iter([packed_batch(208)] * 2), store=(store := FakeStore()))
+
+    assert (outcome.step, outcome.reason, *store.kept) == (2, "no more batches", 2)
+    with pytest.raises(ValueError, match="batches: expected at least one"):
+        run(model, batches=iter(()))
+
+
+def test_what_cannot_be_trained(model):
+    with pytest.raises(ValueError, match="expected plain experts, got MXFP4 bytes"):
+        Step(model, OPTIMISATION)
+    with pytest.raises(ValueError, match="got LoRAParam, of which there are none; add adapters"):
+        Step(random_model(ONE_LAYER), OPTIMISATION, trainable=nnx.LoRAParam)
+
+
+def test_masters_are_float32():
+    """Of a bfloat16 model; what comes out is bfloat16 again."""
+    graph, weights = nnx.split(random_model(ONE_LAYER))
+    weights = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), weights)
+    model = nnx.merge(graph, weights)
+    step = Step(model, OPTIMISATION)
+
+    params = jax.tree.map(np.array, step.first_state(model).params)
+
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    moved = jax.tree.map(lambda x: x * np.float32(1 + 2.0**-12), params)  # too little for bfloat16
+    assert not np.array_equal(by_name(moved)["embed"], by_name(params)["embed"])
+    check_same_bits(nnx.state(step.model(TrainState(moved, {}))), weights)
