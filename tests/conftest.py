@@ -47,6 +47,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 
+MOST_PROCESSES = 8  # each takes up to 2 GiB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests together are shared out to a process for each core, where pytest-xdist is there;
+    a few that are named on the command line are not worth the start of processes."""
+    options = config.option
+    everything = list(config.args) == config.getini("testpaths") and not options.keyword
+    if everything and getattr(options, "numprocesses", 0) is None:
+        options.numprocesses = min(os.cpu_count() or 1, MOST_PROCESSES)
+        options.dist = "loadfile"
+
+
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
     """A gpt-oss whose axes all differ: no wrong axis fits by chance, as with N = H = 64."""

@@ -11,6 +11,7 @@ import pytest
 import gptoss_jax as gj
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.folders import BUNDLED_MODEL
+from gptoss_jax.run_file import read_run
 from gptoss_jax.tiny import Recipe, held_out_sums
 from gptoss_jax.training.sums import REFUSAL
 
@@ -80,7 +81,8 @@ def test_a_recipe_is_read_strictly(tmp_path):
         read_run(Recipe, file)
 
     message = str(caught.value)
-    assert "stages.0.optimisation.learning_rat: unknown key (did you mean learning_rate?)" in message
+    unknown = "stages.0.optimisation.learning_rat: unknown key"
+    assert f"{unknown} (did you mean learning_rate?)" in message
     assert "stages.0.optimisation.steps2: unknown key" in message
     assert "stages.0.optimisation.warmup_steps: input should be a valid integer" in message
     assert "stages.0.optimisation.learning_rate: missing" in message

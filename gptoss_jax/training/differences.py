@@ -24,7 +24,7 @@ _PHRASINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Two decimal numbers; the second may be the larger one."""
+    """Two decimal numbers, the second not larger than the first."""
 
     a: int
     b: int
@@ -41,23 +41,18 @@ class Difference:
 
     @property
     def analysis(self) -> str:
-        """43-17 gives "4 3 - 1 7. 13-7=6; 4-1-1=2. Difference: 2 6."; 17-43 the same, turned."""
-        larger, smaller = max(self.a, self.b), min(self.a, self.b)
+        """Column by column: 43-17 gives "4 3 - 1 7. 3-7+10=6; 4-1-1=2. Difference: 2 6."."""
         spelled = f"{' '.join(str(self.a))} - {' '.join(str(self.b))}."
-        turned = f" Negative: {' '.join(str(larger))} - {' '.join(str(smaller))}."
-        steps = "; ".join(_columns(str(larger), str(smaller)))
-        result = " ".join(self.answer)
-        return f"{spelled}{turned if self.a < self.b else ''} {steps}. Difference: {result}."
+        return f"{spelled} {'; '.join(self._columns())}. Difference: {' '.join(self.answer)}."
 
-
-def _columns(larger: str, smaller: str) -> Iterator[str]:
-    """Right to left, what was borrowed last: 43 and 17 give "13-7=6" and "4-1-1=2"."""
-    borrowed = 0
-    for x, y in zip(reversed(larger), reversed(smaller.zfill(len(larger))), strict=True):
-        value = int(x) - int(y) - borrowed
-        ten = 10 if value < 0 else 0
-        yield f"{int(x) + ten}-{y}{'-1' if borrowed else ''}={value + ten}"
-        borrowed = ten // 10
+    def _columns(self) -> Iterator[str]:
+        """Right to left; what was borrowed is given back in the next column."""
+        a, borrowed = str(self.a), False
+        for x, y in zip(reversed(a), reversed(str(self.b).zfill(len(a))), strict=True):
+            value = int(x) - int(y) - borrowed
+            spelled = f"{x}-{y}{'-1' if borrowed else ''}"
+            borrowed = value < 0
+            yield f"{spelled}{'+10' if borrowed else ''}={value % 10}"
 
 
 def rows(number: int = 20000, seed: int = 0) -> Iterator[dict]:
@@ -82,10 +77,8 @@ def held_out_rows(number: int = 500, seed: int = 0) -> Iterator[dict]:
 
 def _draw(rng: random.Random, *, held_out: bool) -> Difference:
     while True:
-        pair = [rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3))) for _ in "ab"]
-        if rng.random() < 0.85:
-            pair.sort(reverse=True)
-        difference = Difference(*pair)
+        pair = (rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3))) for _ in "ab")
+        difference = Difference(*sorted(pair, reverse=True))
         if difference.held_out == held_out:
             return difference
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experts_oracle import Arrays, decoded, experts
+from experts_oracle import Arrays, Factors, adapted_experts, decoded, experts
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from nearness import assert_near
@@ -132,6 +132,8 @@ def through(arrays: dict, ids, bytes_: dict, implementation: str, num_experts: i
         given["x"],
         ids,
         *(given[name] for name in NAMES[1:]),
+        given.get("gate_up_factors"),
+        given.get("down_factors"),
         alpha=cases.ALPHA,
         limit=cases.LIMIT,
         num_experts=num_experts,
@@ -171,6 +173,61 @@ def test_output_and_gradients(case, dtype, kind, implementation):
         assert_near(f"d{name}", got, getattr(slopes64, name), cases.GRADIENT_TOLERANCES[dtype])
     same = jax.tree.map(lambda a, b: bool((a == b).all()), (out, slopes), again)
     assert all(jax.tree.leaves(same)), "a second run gave something else"
+
+
+def with_factors():
+    """Many rows and few, all experts here and some; interpreters on demand."""
+    for name in IMPLEMENTATIONS:
+        dtype = "bfloat16" if name == "mosaic_gpu" else "float32"
+        for case in map(
+            named, ("in steps", "one row", "three of ten here", "one row, no pair here")
+        ):
+            for kind in ("packed", "plain"):
+                mark = "interpreter" if name != "xla" else "mesh"
+                usual = name == "xla" and kind == "packed" and not case.here
+                yield pytest.param(
+                    *(case, dtype, kind, name),
+                    id=f"{name}, {kind}, {case.name}",
+                    marks=[] if usual else [getattr(pytest.mark, mark)],
+                )
+    for name, mark in (("mosaic_gpu", pytest.mark.gpu), ("mosaic_tpu", pytest.mark.tpu)):
+        for case in map(named, ("in steps", "one row", "many rows", "three of ten here")):
+            yield pytest.param(
+                *(case, "bfloat16", "packed", name),
+                id=f"{name}, on the device, {case.name}",
+                marks=[mark],
+            )
+
+
+@pytest.mark.parametrize(("case", "dtype", "kind", "implementation"), list(with_factors()))
+def test_factors_do_what_their_product_does(case, dtype, kind, implementation):
+    """Against whole matrices in float64; alone they are another op than without them."""
+    inputs, dout, _, _ = exact(case, dtype, kind)
+    arrays, ids, bytes_ = on_device(inputs, dtype, kind)
+    factors = {name: getattr(inputs, name) for name in ("gate_up_factors", "down_factors")}
+    arrays |= {name: reference.Factors(*map(jnp.asarray, pair)) for name, pair in factors.items()}
+    run = program(implementation, cases.E if case.here else None)
+
+    with jax.default_matmul_precision("highest"):
+        given = arrays, ids, bytes_, jnp.asarray(dout, dtype)
+        out, slopes = run(*given)
+        again = run(*given)
+
+    wide = Arrays(*(getattr(inputs, name).astype(np.float64) for name in NAMES))
+    wide = wide._replace(x=flat(wide.x), weights=flat(wide.weights))
+    pairs = [Factors(*map(np.float64, pair)) for pair in factors.values()]
+    options = {"alpha": cases.ALPHA, "limit": cases.LIMIT, "dout": flat(dout).astype(np.float64)}
+    out64, slopes64, *of_factors = adapted_experts(wide, *pairs, flat(inputs.ids), **options)
+    assert_near("out", out, out64.reshape(out.shape), cases.TOLERANCES[dtype])
+    table = cases.GRADIENT_TOLERANCES[dtype]
+    for name, expected in zip(factors, of_factors, strict=True):
+        for member, got, want in zip("ab", slopes.pop(name), expected, strict=True):
+            assert got.dtype == jnp.float32
+            assert_near(f"d{name}.{member}", got, want, table)
+    for name, got in slopes.items():
+        assert_near(f"d{name}", got, getattr(slopes64, name).reshape(got.shape), table)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), out, again[0])
+    assert same, "a second run gave something else"
 
 
 def test_the_oracle_s_gradients_are_slopes():
@@ -409,5 +466,12 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"expected \[E D F\] = \[10, 160, 224\].*axes swapped"):
         swapped = Mxfp4(down.blocks.swapaxes(1, 2), down.scales.swapaxes(1, 2))
         expert_mlp(**given | {"down": swapped}, **options)
+    a, b = map(jnp.asarray, inputs.gate_up_factors)
+    with pytest.raises(
+        ValueError, match=r"gate_up_factors: .* got \[10, 3, 160\] and \[10, 2, 224"
+    ):
+        expert_mlp(**given, gate_up_factors=reference.Factors(a, b[..., :2]), **options)
+    with pytest.raises(ValueError, match=r"down_factors: .* a \[E r I\] = \[10, r, 224\] and b"):
+        expert_mlp(**given, down_factors=reference.Factors(a, b), **options)
     with pytest.raises(ValueError, match=r"num_experts: expected None or at least \[E=10\], got 4"):
         expert_mlp(**given, **options, num_experts=4)

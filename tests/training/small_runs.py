@@ -18,6 +18,7 @@ from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.lora import LoraOptions, add_lora
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.prefixed import PrefixedBatch, Row, batches
+from gptoss_jax.training.step import StepOptions
 
 OPTIMISATION = Optimisation(
     steps=3, learning_rate=1e-3, warmup_steps=0, weight_decay=0.01, clip_norm=1.0, beta2=0.98
@@ -42,6 +43,11 @@ ONE_LAYER = ModelConfig(
     swiglu_alpha=1.702,
     swiglu_limit=7.0,
 )
+# A run that several files of tests have, so that its step is compiled once.
+NARROW = dataclasses.replace(ONE_LAYER, sliding_window=4)
+TARGETS = ("attn.q", "attn.out", "moe.down")
+ADAPTERS = Optimisation(steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1)
+OPTIONS = StepOptions(loss_chunk=48, remat=False, group_norms=True)
 
 
 def random_batch(vocab_size: int, num_rows: int = 8) -> PrefixedBatch:

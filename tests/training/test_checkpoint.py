@@ -245,7 +245,7 @@ def test_random_keys(tmp_path):
         assert found[name].dtype == key.dtype
         assert found[name].sharding.is_equivalent_to(key.sharding, key.ndim)
         assert np.array_equal(jax.random.key_data(found[name]), jax.random.key_data(key))
-    with pytest.raises(ValueError, match="missing one.rbg; unknown one.threefry2x32"):
+    with pytest.raises(ValueError, match=r"missing one\.rbg; unknown one\.threefry2x32"):
         restore(tmp_path / "state", dict(like, one=jax.random.key(0, impl="rbg")))
 
 

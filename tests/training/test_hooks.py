@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
-from small_runs import ONE_LAYER, packed_batch, random_model
+from small_runs import ADAPTERS, NARROW, OPTIONS, TARGETS, adapted_model, packed_batch
 
 from gptoss_jax.training.hooks import (
     EarlyStopping,
@@ -25,27 +25,24 @@ from gptoss_jax.training.hooks import (
     Samples,
     hook_from,
 )
-from gptoss_jax.training.lora import LoraOptions, add_lora
 from gptoss_jax.training.metrics import active_parameters, peak, step_operations
-from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.reporters import MetricsFile, ProgressBar, TensorBoard, Trackio, WandB
 from gptoss_jax.training.router import balance_loss, hidden_and_routes
-from gptoss_jax.training.step import Counts, Step, StepOptions, TrainState
+from gptoss_jax.training.step import Counts, Step, TrainState
 from gptoss_jax.training.trainer import train
 
-OPTIMISATION = Optimisation(steps=4, learning_rate=1e-2)
 METRICS = {"loss": 2.0, "tokens_per_second": 1500.0, "seconds": 3.0, "memory_bytes": 2e9}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return add_lora(random_model(ONE_LAYER), LoraOptions(targets=("attn.q",)), seed=0)
+    return adapted_model(NARROW, *TARGETS)
 
 
 @pytest.fixture
 def run(model, tmp_path):
     """A run that nobody runs: hooks are called by hand."""
-    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam)
+    step = Step(model, ADAPTERS, trainable=nnx.LoRAParam, options=OPTIONS)
     said = []
     run = Run(stepper=step, state=TrainState({}, {}), steps=4, folder=tmp_path, say=said.append)
     run.said = said  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,7 +96,7 @@ def test_a_run_with_hooks(model, tmp_path):
     hooks = [first, Evaluation([batch], every=2), GradientStatistics(), MetricsFile(), second]
 
     outcome = train(
-        model, iter([batch] * 4), OPTIMISATION, options=StepOptions(remat=False),
+        model, iter([batch] * 4), ADAPTERS, options=OPTIONS,
         trainable=nnx.LoRAParam, hooks=hooks, folder=tmp_path, store=Store(),
     )  # fmt: skip
 
@@ -144,7 +141,7 @@ def test_a_hook_stops_the_run_and_is_told_of_errors(model):
 
     with pytest.raises(OSError, match="no space"):
         train(
-            model, iter([]), OPTIMISATION, trainable=nnx.LoRAParam,
+            model, iter([]), ADAPTERS, trainable=nnx.LoRAParam,
             hooks=[Diary("a", pages), Broken(), Diary("b", pages)],
         )  # fmt: skip
 
@@ -389,7 +386,7 @@ def test_where_tokens_go(model, run, monkeypatch):
 
 def test_operations():
     """Of the published sizes: 3.6 billion active parameters, of which all but the embedding."""
-    config = type(ONE_LAYER).preset("20b")
+    config = type(NARROW).preset("20b")
     counts = Counts(*map(np.float32, (1000, 500, 0, 0)))
 
     assert (

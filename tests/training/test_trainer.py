@@ -12,24 +12,29 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small_runs import ONE_LAYER, adapted_model, by_name, packed_batch, random_model
+from small_runs import (
+    ADAPTERS,
+    NARROW,
+    ONE_LAYER,
+    OPTIONS,
+    TARGETS,
+    adapted_model,
+    by_name,
+    packed_batch,
+    random_model,
+)
 
 from gptoss_jax.training.hooks import Hook
-from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.signals import SafeStop
 from gptoss_jax.training.step import Step, StepOptions, TrainState
 from gptoss_jax.training.store import Restored
 from gptoss_jax.training.trainer import train
 
-OPTIMISATION = Optimisation(steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1)
-OPTIONS = StepOptions(loss_chunk=48, remat=False)
-
 
 @pytest.fixture(scope="module")
 def model():
     """A packed base with adapters that already do something."""
-    config = dataclasses.replace(ONE_LAYER, sliding_window=4)
-    return adapted_model(config, "attn.q", "attn.out", "moe.down")
+    return adapted_model(NARROW, *TARGETS)
 
 
 class Batches:
@@ -94,7 +99,7 @@ def run(model, *hooks, batches=None, **options):
     return train(
         model,
         Batches() if batches is None else batches,
-        OPTIMISATION,
+        ADAPTERS,
         options=OPTIONS,
         trainable=nnx.LoRAParam,
         hooks=hooks,
@@ -178,8 +183,8 @@ def test_parts_of_a_batch_add_up(model, whole, parts):
     """Their tokens have unequal weights, so that a mean of means would be another loss. Computing
     blocks twice changes nothing either."""
     options = dataclasses.replace(OPTIONS, micro_batches=parts, remat=True)
-    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=options)
-    one = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=OPTIONS)
+    step = Step(model, ADAPTERS, trainable=nnx.LoRAParam, options=options)
+    one = Step(model, ADAPTERS, trainable=nnx.LoRAParam, options=OPTIONS)
     batches, state, expected = Batches(), step.first_state(model), one.first_state(model)
 
     for _ in range(2):
@@ -196,7 +201,7 @@ def test_parts_of_a_batch_add_up(model, whole, parts):
 
 
 def test_rows_that_cannot_be_parted(model):
-    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=StepOptions(micro_batches=3))
+    step = Step(model, ADAPTERS, trainable=nnx.LoRAParam, options=StepOptions(micro_batches=3))
 
     with pytest.raises(ValueError, match="micro_batches: expected a divisor of the 8 rows"):
         step.put(packed_batch(208))
@@ -206,7 +211,7 @@ def test_rows_that_cannot_be_parted(model):
 
 def test_counts(model):
     batch = packed_batch(208)
-    step = Step(model, OPTIMISATION, trainable=nnx.LoRAParam, options=OPTIONS)
+    step = Step(model, ADAPTERS, trainable=nnx.LoRAParam, options=OPTIONS)
 
     _, numbers = step(step.first_state(model), batch)
 
@@ -316,9 +321,9 @@ def test_batches_come_to_an_end(model):
 
 def test_what_cannot_be_trained(model):
     with pytest.raises(ValueError, match="expected plain experts, got MXFP4 bytes"):
-        Step(model, OPTIMISATION)
+        Step(model, ADAPTERS)
     with pytest.raises(ValueError, match="got LoRAParam, of which there are none; add adapters"):
-        Step(random_model(ONE_LAYER), OPTIMISATION, trainable=nnx.LoRAParam)
+        Step(random_model(ONE_LAYER), ADAPTERS, trainable=nnx.LoRAParam)
 
 
 def test_masters_are_float32():
@@ -326,7 +331,7 @@ def test_masters_are_float32():
     graph, weights = nnx.split(random_model(ONE_LAYER))
     weights = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), weights)
     model = nnx.merge(graph, weights)
-    step = Step(model, OPTIMISATION)
+    step = Step(model, ADAPTERS)
 
     params = jax.tree.map(np.array, step.first_state(model).params)
 

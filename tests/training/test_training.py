@@ -145,9 +145,10 @@ def test_chunks_of_cross_entropy(getkey):
         def thrice(hidden, kernel):
             return 3 * weighted_nats(hidden, kernel, targets, weights, 8, None)
 
-        return jax.value_and_grad(thrice, argnums=(0, 1))(hidden, kernel)
+        gradients = jax.value_and_grad(thrice, argnums=(0, 1))(hidden, kernel)
+        return *gradients, weighted_nats(hidden, kernel, targets, weights, 8, None)
 
-    value, (by_hidden, by_kernel) = found(hidden, kernel)
+    value, (by_hidden, by_kernel), undifferentiated = found(hidden, kernel)
 
     wide, words = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
     logits = wide @ words.T
@@ -160,7 +161,6 @@ def test_chunks_of_cross_entropy(getkey):
     np.testing.assert_allclose(by_hidden, by_logits @ words, atol=2e-5)
     np.testing.assert_allclose(by_kernel, by_logits.T @ wide, atol=5e-4)
     assert np.abs(by_logits @ words).max() > 5 and np.abs(by_logits.T @ wide).max() > 100
-    undifferentiated = weighted_nats(hidden, kernel, targets, weights, 8, None)
     np.testing.assert_allclose(undifferentiated, nats.sum(), rtol=1e-6)
 
 
@@ -200,6 +200,7 @@ class Losses(Hook):
         self.seen.append(run.metrics["loss"])
 
 
+@pytest.mark.slow
 def test_training_with_shared_beginnings_learns_and_repeats_itself(batch):
     model, options = random_model(ONE_LAYER), StepOptions(mxfp4_experts=True)
 

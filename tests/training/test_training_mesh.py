@@ -191,7 +191,8 @@ def test_nats_of_a_split_vocabulary(sharded_config, getkey):
     shifted = logits - logits.max(axis=-1, keepdims=True)
     chances = np.exp(shifted) / np.exp(shifted).sum(axis=-1, keepdims=True)
     chosen = np.eye(vocab)[targets]
-    np.testing.assert_allclose(value, -np.log(chances[chosen > 0]).sum(), rtol=1e-6)
+    nats = np.log(np.exp(shifted).sum(axis=-1)) - shifted[chosen > 0]
+    np.testing.assert_allclose(value, nats.sum(), rtol=1e-6)
     np.testing.assert_allclose(by_hidden, (chances - chosen) @ words, atol=1e-4)
     np.testing.assert_allclose(by_kernel, (chances - chosen).T @ wide, atol=5e-3)
     assert "all-reduce" in text and "all-gather" not in text
@@ -278,7 +279,7 @@ def test_moments_are_as_split_as_parameters(sharded_config, optimiser):
         assert shapes == {(16, 2, 192, 20)}
     if optimiser == "adafactor":
         rows = by_name(there["factored"].v_row)[kernel]
-        assert rows.shape == (16, 2, 192) and rows.sharding.is_fully_replicated
+        assert rows.shape == (16, 2, 160) and rows.sharding.is_fully_replicated
 
 
 def test_packed_experts_cannot_be_trained(sharded_config):
