@@ -17,9 +17,8 @@ from pathlib import Path
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.harmony import SystemSettings, Tokenizer, parse, render_prompt
-from gptoss_jax.inference.decode import generate
-from gptoss_jax.inference.sampling import Sampling
+from gptoss_jax.finetuning.answers import share_right
+from gptoss_jax.harmony import SystemSettings, Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.run_file import read_run
 from gptoss_jax.training.hooks import Hook, Run
@@ -84,7 +83,8 @@ def make(recipe: Recipe, folder: str | Path, *, first_stage: int = 1) -> float:
         ).model
         _save(model, tokenizer, _stage_folder(folder, number))
     model = load(_stage_folder(folder, len(recipe.stages)))
-    return accuracy(model, tokenizer, held_out_sums(recipe.seed, recipe.held_out))
+    asked = held_out_sums(recipe.seed, recipe.held_out)
+    return share_right(model, tokenizer, [example.messages for example in asked])
 
 
 def _stage_folder(folder: str | Path, number: int) -> Path:
@@ -108,34 +108,6 @@ def held_out_sums(seed: int, number: int, effort: str = "medium") -> list[Exampl
         example = draw(rng, held_out=True, effort=effort)
         examples.setdefault(example.sum, example)
     return list(examples.values())
-
-
-def accuracy(
-    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], *, rows: int = 128
-) -> float:
-    """The share of sums whose greedy answer, on the final channel, is exactly right."""
-    right = 0
-    for start in range(0, len(examples), rows):
-        some = examples[start : start + rows]
-        prompts = [
-            render_prompt(
-                example.messages[:1],
-                tokenizer=tokenizer,
-                settings=SystemSettings(reasoning_effort=example.effort),
-            )
-            for example in some
-        ]
-        completions = generate(
-            model,
-            prompts,
-            max_new_tokens=160,
-            sampling=Sampling(temperature=0.0),
-            stop=tokenizer.stop_ids,
-        )
-        for example, completion in zip(some, completions, strict=True):
-            answer = parse(completion.tokens, tokenizer).final
-            right += example.sum is not None and answer == example.sum.answer
-    return right / len(examples)
 
 
 def _rows(rng: random.Random, tokenizer: Tokenizer, binary_share: float) -> Iterator[Row]:

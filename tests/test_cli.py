@@ -27,6 +27,9 @@ from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.inference import compilation
 from gptoss_jax.inference.compilation import enable_compilation_cache
 from gptoss_jax.inference.decode import Completion
+from gptoss_jax.model.adapter import adapters
+from gptoss_jax.training.lora import LoraOptions, add_lora
+from gptoss_jax.weights.adapters import save_adapter
 
 ANSWER = (
     "<|channel|>analysis<|message|>17+26 is 43.<|end|>"
@@ -247,6 +250,25 @@ def test_generate_continues_tokens(gptoss, folder):
     assert all(np.array(found["logprobs"]) < 0)
 
 
+def test_generate_with_an_adapter(gptoss, folder, tmp_path):
+    model = add_lora(gj.load(folder), LoraOptions(targets=("attn.out",)), seed=0)
+    for number, adapter in enumerate(adapters(model).values()):
+        values = np.random.default_rng(number).standard_normal(adapter.b.shape, np.float32)
+        adapter.b.set_value(jax.numpy.asarray(values))
+    save_adapter(model, tmp_path / "adapter")
+    asked = ("generate", "--checkpoint", folder, "--tokens", "5", "6", "7", "--run-on")
+    asked += ("--max-new-tokens", "5", "--temperature", "0", "--adapter", str(tmp_path / "adapter"))
+
+    status, out, err = gptoss(*asked)
+
+    assert (status, err) == (0, "")
+    (expected,) = gj.generate(model, [[5, 6, 7]], max_new_tokens=5, temperature=0.0, stop=())
+    (of_base,) = gj.generate(
+        gj.load(folder), [[5, 6, 7]], max_new_tokens=5, temperature=0.0, stop=()
+    )
+    assert list(map(int, out.split())) == expected != of_base
+
+
 def test_generate_streams_text(gptoss, folder, monkeypatch):
     tokenizer = Tokenizer.compact()
     said = tokenizer.encode("Größe 43<|return|>", specials="ids")
@@ -387,6 +409,7 @@ def test_tuning_keeps_the_fastest_blocks(tmp_path, monkeypatch):
         (["chat", "--top-p", "2", "--seed", "-1", "Hi"], "seed: expected an integer"),
         (["chat", "--date", "soon", "Hi"], "current_date: expected YYYY-MM-DD"),
         (["generate", "a<|end|>"], "TEXT: expected no special token, got '<|end|>' at character 1"),
+        (["chat", "--adapter", "EMPTY", "Hi"], "adapter: expected a folder with adapter.json and"),
         (["generate"], "TEXT: expected TEXT or --tokens, got neither"),
         (["generate", "Hi", "--tokens", "1"], "TEXT: expected TEXT or --tokens, got both"),
         (["generate", "--mesh", "exprt=4", "Hi"], "mesh.exprt: unknown key (did you mean expert?)"),

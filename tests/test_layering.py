@@ -28,6 +28,7 @@ FLOORS = (
 SAME_FLOOR = {
     ("cli", "__init__"),
     ("finetuning", "conversation"),
+    ("tiny", "finetuning"),
     ("mesh_file", "sharding"),
     ("kernels", "kernels/sink_attention"),
     ("kernels", "kernels/expert_matmul"),

@@ -78,10 +78,25 @@ class FinetuneRun:
             problems.append("watch.patience: expected held-out data in data.eval, got none")
         if self.watch.evaluate_every is not None and not self.data.eval:
             problems.append("watch.evaluate_every: expected held-out data in data.eval, got none")
+        if self.data.share_beginning:
+            problems += self._not_shared()
         if self.optimisation.steps is None and self.data.epochs is None:
             problems.append("optimisation.steps: expected a number, or data.epochs, got neither")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _not_shared(self) -> list[str]:
+        """What there is for packed rows alone."""
+        return [
+            f"{name}: expected {right} with data.share_beginning, got {value!r}; set one of them "
+            "back"
+            for name, right, value in (
+                ("step.micro_batches", 1, self.step.micro_batches),
+                ("step.router_aux_loss", 0.0, self.step.router_aux_loss),
+                ("watch.router_every", None, self.watch.router_every),
+            )
+            if value != right
+        ]
 
     @property
     def experts(self) -> str:

@@ -19,6 +19,7 @@ from gptoss_jax.distributed import agree, is_first, together
 from gptoss_jax.finetuning.options import FinetuneRun, differences
 from gptoss_jax.finetuning.watching import hooks_of
 from gptoss_jax.folders import BUNDLED_MODEL
+from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.sharding import Placement, placement
 from gptoss_jax.training.data import batches, check_resume, load_rows, one_pass, order_fields
@@ -59,13 +60,7 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     say(weights_table(model))
 
     tokenizer = tokenizer_of(model)
-    documents, held_out = together(
-        lambda: [
-            load_rows(paths, run.data, tokenizer=tokenizer) if paths else None
-            for paths in (run.data.train, run.data.eval)
-        ],
-        "data",
-    )
+    documents, held_out = together(lambda: _documents(run, tokenizer), "data")
     here = _rows_here(run, where)
     training = batches(documents, run.data, here=here)
     agree("training data", training.digest)
@@ -79,6 +74,8 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
         (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     hooks = hooks_of(run, _Again(held_out, run, here), tokenizer)
     with CheckpointStore(folder / "checkpoints", run.checkpoints, say=say) as store:
+        saved = store.facts()  # before its arrays, which may not fit
+        together(lambda: _accept(saved and saved["run"], facts), "run")
         outcome = train(
             model,
             training,
@@ -88,7 +85,7 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
             hooks=hooks,
             store=store,
             facts=facts,
-            accept=lambda before: _accept(before, facts, say),
+            accept=lambda before: _accept(before, facts),
             folder=folder,
             say=say,
         )
@@ -110,6 +107,14 @@ def _place(run: FinetuneRun, checkpoint: str) -> Placement | None:
     config = open_checkpoint(checkpoint).config
     packed = run.experts == "packed"
     return placement(written.mesh(), config, packed=packed, rules=written.rules)
+
+
+def _documents(run: FinetuneRun, tokenizer: Tokenizer) -> tuple[Documents, Documents | None]:
+    """Those to train on, and those held out."""
+    training = load_rows(run.data.train, run.data, tokenizer=tokenizer)
+    if not run.data.eval:
+        return training, None
+    return training, load_rows(run.data.eval, run.data, tokenizer=tokenizer)
 
 
 def _rows_here(run: FinetuneRun, where: Placement | None) -> list[int] | None:
@@ -155,8 +160,10 @@ def _facts(run: FinetuneRun, training: Batches, base: str) -> dict[str, Any]:
     return {"run": run.as_fields(), "base": base, "data": data}
 
 
-def _accept(before: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _accept(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
     """Raise ValueError unless what was trained so far is what this run would have trained."""
+    if before is None:
+        return
     check_resume(before["data"], now["data"])
     if before["base"] != now["base"]:
         raise ValueError(

@@ -10,8 +10,8 @@ from gptoss_jax.finetuning.options import FinetuneRun
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training import hooks, reporters
-from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.hooks import Hook, hook_from
+from gptoss_jax.training.step import AnyBatch
 
 
 def hooks_of(run: FinetuneRun, held_out: Any, tokenizer: Tokenizer) -> list[Hook]:
@@ -32,7 +32,7 @@ def hooks_of(run: FinetuneRun, held_out: Any, tokenizer: Tokenizer) -> list[Hook
 def _statistics(run: FinetuneRun, held_out: Any) -> Iterator[Hook]:
     watch = run.watch
     if held_out:
-        every = watch.evaluate_every or run.optimisation.steps
+        every = watch.evaluate_every or run.optimisation.all_steps
         yield hooks.Evaluation(held_out, every=every, at_start=watch.evaluate_every is not None)
     if watch.gradients:
         yield hooks.GradientStatistics()
@@ -41,7 +41,7 @@ def _statistics(run: FinetuneRun, held_out: Any) -> Iterator[Hook]:
         yield hooks.RouterStatistics(batch, every=watch.router_every)
 
 
-def _first(held_out: Iterable[Batch]) -> Batch:
+def _first(held_out: Iterable[AnyBatch]) -> AnyBatch:
     if not held_out:
         raise ValueError("watch.router_every: expected held-out data in data.eval, got none")
     return next(iter(held_out))

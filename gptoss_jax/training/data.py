@@ -3,7 +3,7 @@
 
 Every process reads all files and knows which documents stand in which row, so the order is the same
 for any number of them; each fills the rows that its devices hold. `sources.py` and `formats.py`
-read, `masks.py` tokenizes, `packing.py` and `documents.py` make batches.
+read, `masks.py` tokenizes, `packing.py`, `documents.py` and `shared.py` make batches.
 """
 
 import collections
@@ -16,9 +16,10 @@ import numpy as np
 
 from gptoss_jax.harmony import SystemSettings, Tokenizer
 from gptoss_jax.training import masks
-from gptoss_jax.training.documents import Batches, Counts, Documents
+from gptoss_jax.training.documents import Batches, Counts, Documents, PackedRows
 from gptoss_jax.training.formats import RowProblems, conversation_of
 from gptoss_jax.training.packing import RowOrder
+from gptoss_jax.training.shared import SharedRows, shared_length
 from gptoss_jax.training.sources import SourceRow, read_rows
 
 TooLong = Literal["leave-out", "truncate", "error"]
@@ -39,6 +40,9 @@ class DataOptions:
     expand_turns: bool = False  # a row for each turn, so that the reasoning of all is learnt
     too_long: TooLong = "leave-out"  # or "truncate": keep the beginning; or "error"
     packing: bool = True  # several documents in a row
+    # What all rows begin with, a long system message, is run once a step instead of in each of
+    # them. A row is then one document, whatever `packing` says, as long as the longest one's rest.
+    share_beginning: bool = False
     shuffle: bool = True  # anew in each epoch
     seed: int = 0  # of the order
     epochs: int | None = None  # None: until the run has its steps
@@ -107,12 +111,15 @@ def load_rows(
     counts = Counts(**{field.name: tally[field.name] for field in dataclasses.fields(Counts)})
     _raise(problems)
     _check_any(kept, counts, paths, options)
-    return Documents(
+    documents = Documents(
         np.concatenate([row.tokens for row in kept]),
         np.concatenate([row.weights for row in kept]),
         np.array([0, *itertools.accumulate(len(row.tokens) for row in kept)]),
         counts,
     )
+    if options.share_beginning:
+        shared_length(documents)  # the error now, not when a run first evaluates
+    return documents
 
 
 def _token_rows(
@@ -186,7 +193,8 @@ def batches(
     """Batches to train on, epoch after epoch; one may hold the end of an epoch and the next.
 
     `here` are the rows of a batch that this process needs (`documents.rows_here`), all by default.
-    The last batch of the last epoch is filled up with padding.
+    It is ignored where rows share a beginning: these every process has whole. The last batch of the
+    last epoch is filled up with padding.
     """
     seed = options.seed if options.shuffle else None
     return _batches(documents, options, here, seed=seed, epochs=options.epochs)
@@ -210,12 +218,14 @@ def _batches(
     order = RowOrder(
         documents.lengths,
         capacity=options.length,
-        packing=options.packing,
+        packing=options.packing and not options.share_beginning,
         seed=seed,
         epochs=epochs,
     )
+    if options.share_beginning:
+        return Batches(SharedRows(documents, order, num_rows=options.rows))
     here = range(options.rows) if here is None else here
-    return Batches(documents, order, num_rows=options.rows, here=here)
+    return Batches(PackedRows(documents, order, num_rows=options.rows, here=here))
 
 
 def order_fields(options: DataOptions) -> dict[str, Any]:

@@ -41,18 +41,18 @@ class Difference:
 
     @property
     def analysis(self) -> str:
-        """Column by column: 43-17 gives "4 3 - 1 7. 3-7+10=6; 4-1-1=2. Difference: 2 6."."""
+        """Column by column: 43-17 gives "4 3 - 1 7. 3-7+10=6; 4-2=2. Difference: 2 6."."""
         spelled = f"{' '.join(str(self.a))} - {' '.join(str(self.b))}."
         return f"{spelled} {'; '.join(self._columns())}. Difference: {' '.join(self.answer)}."
 
     def _columns(self) -> Iterator[str]:
-        """Right to left; what was borrowed is given back in the next column."""
-        a, borrowed = str(self.a), False
+        """Right to left. What a column borrows is added to what the next one takes away: so there
+        is one table of differences to learn, not two."""
+        a, borrowed = str(self.a), 0
         for x, y in zip(reversed(a), reversed(str(self.b).zfill(len(a))), strict=True):
-            value = int(x) - int(y) - borrowed
-            spelled = f"{x}-{y}{'-1' if borrowed else ''}"
-            borrowed = value < 0
-            yield f"{spelled}{'+10' if borrowed else ''}={value % 10}"
+            taken = int(y) + borrowed
+            borrowed = int(int(x) < taken)
+            yield f"{x}-{taken}{'+10' if borrowed else ''}={(int(x) - taken) % 10}"
 
 
 def rows(number: int = 20000, seed: int = 0) -> Iterator[dict]:
@@ -73,6 +73,16 @@ def held_out_rows(number: int = 500, seed: int = 0) -> Iterator[dict]:
         if difference not in seen:
             seen.add(difference)
             yield _row(rng, difference)
+
+
+def held_out_sum_rows(number: int = 500, seed: int = 0) -> Iterator[dict]:
+    """Rows of sums that neither this nor the model's own training ever gives, all different."""
+    rng, seen = random.Random(f"held out {seed}"), set()
+    while len(seen) < number:
+        example = draw(rng, held_out=True, effort="medium")
+        if example.sum not in seen:
+            seen.add(example.sum)
+            yield _written(*(message.content for message in example.messages))
 
 
 def _draw(rng: random.Random, *, held_out: bool) -> Difference:

@@ -2,14 +2,14 @@
 """Documents as ids -> batches of packed rows, filled where this process needs them.
 
 Grain makes them ahead of time and remembers which is next. Knows no text: `data.py` makes the
-documents, `packing.py` says which stand in which row.
+documents, `packing.py` says which stand in which row, `shared.py` has rows of another kind.
 """
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.packing import RowOrder
+from gptoss_jax.training.prefixed import PrefixedBatch
 
 AHEAD = 2  # batches made before they are asked for
 
@@ -54,22 +55,27 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Documents in numbers; packed rows, their fill and steps are those of the first epoch."""
+    """Documents in numbers; packed rows, their fill and steps are those of the first epoch.
+
+    Where rows share a beginning, each is one document, of which `tokens` counts all.
+    """
 
     documents: int
     tokens: int
     trained_tokens: int
     packed_rows: int
-    fill: float  # the share of packed rows that is no padding
+    fill: float  # the share of what a step runs that is no padding
     steps_per_epoch: float
     counts: Counts
+    shared: int = 0  # tokens that all documents begin with, run once a step
 
     def __str__(self) -> str:
-        counts = self.counts
+        counts, shared = self.counts, self.shared
+        rows = f"rows after {shared} shared tokens" if shared else "packed rows"
         lines = [
             f"{self.documents} of {counts.read} rows, {self.tokens} tokens, "
             f"{self.trained_tokens} of them trained",
-            f"{self.packed_rows} packed rows, {self.fill:.1%} full, "
+            f"{self.packed_rows} {rows}, {self.fill:.1%} full, "
             f"{self.steps_per_epoch:.1f} steps an epoch",
         ]
         notes = (
@@ -81,25 +87,48 @@ class Report:
         return "\n".join(lines + [f"{number} rows {what}" for number, what in notes if number])
 
 
-class Batches(Iterator[Batch]):
-    """Batches of `num_rows` packed rows, of which those in `here` are filled, the others padding.
+@runtime_checkable
+class Rows(Protocol):
+    """The rows of all epochs, and how `num_rows` of them become a batch."""
+
+    documents: Documents
+    order: RowOrder
+    num_rows: int
+    shared: int  # tokens before every row that a batch has once
+
+    @property
+    def kind(self) -> type[Batch] | type[PrefixedBatch]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of one row, up to where its padding begins."""
+        ...
+
+    def side_by_side(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a batch; rows that are missing at its end are padding."""
+        ...
+
+    def fill(self) -> float:
+        """The share of the first epoch's batches that is no padding."""
+        ...
+
+
+class Batches(Iterator[Batch | PrefixedBatch]):
+    """Batches of rows, made ahead of time.
 
     `get_state` is JSON and says which batch is next, whatever the processes and devices.
     """
 
-    def __init__(
-        self, documents: Documents, order: RowOrder, *, num_rows: int, here: Iterable[int]
-    ):
+    def __init__(self, rows: Rows):
         grain = _grain()
-        rows = _FilledRows(documents, order, num_rows, frozenset(here))
-        side_by_side = functools.partial(_side_by_side, num_rows, order.capacity)
-        dataset = grain.MapDataset.source(rows).batch(num_rows, batch_fn=side_by_side)
+        dataset = grain.MapDataset.source(rows).batch(rows.num_rows, batch_fn=rows.side_by_side)
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
         self._batches = iter(dataset.to_iter_dataset(ahead))
-        self._documents, self._order, self._num_rows = documents, order, num_rows
+        self._rows = rows
 
-    def __next__(self) -> Batch:
-        return Batch(**next(self._batches))
+    def __next__(self) -> Batch | PrefixedBatch:
+        return self._rows.kind(**next(self._batches))
 
     def get_state(self) -> dict[str, int]:
         return self._batches.get_state()
@@ -115,24 +144,25 @@ class Batches(Iterator[Batch]):
     def digest(self) -> str:
         """SHA-256 of all tokens and weights, and of their order in the first epoch."""
         sums = hashlib.sha256()
-        plan = self._order.epoch(0)
+        plan = self._rows.order.epoch(0)
         sizes = np.array([len(row) for row in plan], np.int64)
-        documents = self._documents
+        documents = self._rows.documents
         for array in (documents.starts, documents.tokens, documents.weights, sizes, *plan):
             sums.update(np.ascontiguousarray(array).data)
         return sums.hexdigest()
 
     @functools.cached_property
     def report(self) -> Report:
-        documents, num_rows = self._documents, len(self._order.epoch(0))
+        documents, num_rows = self._rows.documents, len(self._rows.order.epoch(0))
         return Report(
             documents=len(documents),
             tokens=len(documents.tokens),
             trained_tokens=int(np.count_nonzero(documents.weights)),
             packed_rows=num_rows,
-            fill=len(documents.tokens) / (num_rows * self._order.capacity),
-            steps_per_epoch=num_rows / self._num_rows,
+            fill=self._rows.fill(),
+            steps_per_epoch=num_rows / self._rows.num_rows,
             counts=documents.counts,
+            shared=self._rows.shared,
         )
 
 
@@ -142,48 +172,52 @@ def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[i
     return sorted({row for part in parts if part for row in range(shape[0])[part[0]]})
 
 
-class _FilledRows:
-    """The packed rows of all epochs, for Grain to take side by side."""
+class PackedRows:
+    """Rows of several documents, of which those in `here` are filled, the others padding."""
 
-    def __init__(self, documents: Documents, order: RowOrder, num_rows: int, here: frozenset[int]):
-        self._documents, self._order = documents, order
-        self._num_rows, self._here = num_rows, here
+    kind, shared = Batch, 0
+
+    def __init__(
+        self, documents: Documents, order: RowOrder, *, num_rows: int, here: Iterable[int]
+    ):
+        self.documents, self.order, self.num_rows = documents, order, num_rows
+        self._here = frozenset(here)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays of a Batch's row, up to where its padding begins."""
-        documents = self._order[index] if index % self._num_rows in self._here else []
-        starts = self._documents.starts
+        documents = self.order[index] if index % self.num_rows in self._here else []
+        starts = self.documents.starts
         spans = [slice(int(starts[i]), int(starts[i + 1])) for i in documents]
         sizes = [span.stop - span.start for span in spans]
         segments = np.arange(1, len(spans) + 1, dtype=np.int32)
         return {
-            "tokens": _joined([self._documents.tokens[span] for span in spans], np.int32),
+            "tokens": _joined([self.documents.tokens[span] for span in spans], np.int32),
             "positions": _joined([np.arange(size, dtype=np.int32) for size in sizes], np.int32),
             "segments": np.repeat(segments, np.array(sizes, np.int64)),
-            "weights": _joined([self._documents.weights[span] for span in spans], np.float32),
+            "weights": _joined([self.documents.weights[span] for span in spans], np.float32),
         }
+
+    def side_by_side(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        shape = self.num_rows, self.order.capacity
+        arrays = {
+            "tokens": np.zeros(shape, np.int32),
+            "positions": np.full(shape, -1, np.int32),
+            "segments": np.zeros(shape, np.int32),
+            "weights": np.zeros(shape, np.float32),
+        }
+        for index, row in enumerate(rows):
+            for name, values in row.items():
+                arrays[name][index, : len(values)] = values
+        return arrays
+
+    def fill(self) -> float:
+        return len(self.documents.tokens) / (len(self.order.epoch(0)) * self.order.capacity)
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts])
-
-
-def _side_by_side(
-    num_rows: int, length: int, rows: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    arrays = {
-        "tokens": np.zeros((num_rows, length), np.int32),
-        "positions": np.full((num_rows, length), -1, np.int32),
-        "segments": np.zeros((num_rows, length), np.int32),
-        "weights": np.zeros((num_rows, length), np.float32),
-    }
-    for index, row in enumerate(rows):
-        for name, values in row.items():
-            arrays[name][index, : len(values)] = values
-    return arrays
 
 
 def _grain() -> Any:

@@ -190,6 +190,10 @@ class Samples(Hook):
     ):
         self.prompts, self.generate, self.every = prompts, generate, _every("every", every)
 
+    def on_start(self, run: Run) -> None:
+        if run.folder is not None and is_first():
+            drop_later_lines(run.folder / "samples.jsonl", run.step)
+
     def on_step(self, run: Run) -> None:
         if not _due(run, self.every):
             return
@@ -201,6 +205,23 @@ class Samples(Hook):
         if run.folder is not None and is_first():
             with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Make a file of JSON lines what it was after this step: a run goes on from there.
+
+    The last line may have been cut off.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, LookupError, TypeError):
+            continue
+    temporary = path.with_suffix(".writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 class GradientStatistics(Hook):
@@ -219,7 +240,12 @@ class RouterStatistics(Hook):
     `router/layer 3 idle` the share of experts without a token; `router/layer 3 entropy` is in nats.
     """
 
-    def __init__(self, batch: Batch, *, every: int):
+    def __init__(self, batch: AnyBatch, *, every: int):
+        if not isinstance(batch, Batch):
+            raise ValueError(
+                "router statistics: expected packed rows, got rows with shared beginnings; make "
+                "the batch without sharing"
+            )
         self.batch, self.every = batch, _every("every", every)
 
     def on_step(self, run: Run) -> None:

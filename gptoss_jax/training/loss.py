@@ -70,13 +70,13 @@ def loss_sums(
     return Sums(*_packed_sums(chunk, balance)(model, *rows))
 
 
-def check_rows(num_rows: int, where: Placement | None, parts_of: str = "batch") -> None:
+def check_rows(num_rows: int, where: Placement | None, what: str = "batch") -> None:
     parts = where.size("batch") if where else 1
     if where and num_rows % parts:
         over = " x ".join(f"{axis} {where.mesh.shape[axis]}" for axis in where.axes("batch"))
         raise ValueError(
-            f"{parts_of}: expected a multiple of {parts} rows, as rows are split over {over}, got "
-            f"{num_rows}; make batch_size {num_rows + -num_rows % parts}"
+            f"{what}: expected a multiple of {parts} rows, as rows are split over {over}, got "
+            f"{num_rows}; make it {num_rows + -num_rows % parts}"
         )
 
 

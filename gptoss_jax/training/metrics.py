@@ -5,7 +5,6 @@ Operations are those of the mathematics, with real routing: the experts a token 
 of tokens that attend to each other, and nothing that is computed twice to save memory.
 """
 
-import resource
 import sys
 
 import jax
@@ -13,6 +12,11 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.training.step import Counts, Numbers, Step
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 # Dense bfloat16 operations per second, by the beginning of a device's name; makers' data sheets.
 PEAKS = {
@@ -63,13 +67,14 @@ def step_operations(config: ModelConfig, counts: Counts, *, all_trained: bool) -
     return passes * active_parameters(config) * float(counts.tokens) + per_pair * pairs
 
 
-def memory_bytes() -> int:
-    """The most that the first of this process's devices had in use, or else the process itself."""
+def memory_bytes() -> int | None:
+    """The most that the first of this process's devices had in use, or else the process itself;
+    None where neither is known."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     used = statistics.get("peak_bytes_in_use", statistics.get("bytes_in_use"))
-    if used is None:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        used *= 1 if sys.platform == "darwin" else 1024
+    if used is None and resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return used
 
 
@@ -82,8 +87,10 @@ def step_metrics(stepper: Step, numbers: Numbers, seconds: float) -> dict[str, i
         "grad_norm": float(numbers.grad_norm),
         "step_seconds": seconds,
         "tokens_per_second": int(counts.tokens) / seconds,
-        "memory_bytes": memory_bytes(),
     }
+    used = memory_bytes()
+    if used is not None:
+        found["memory_bytes"] = used
     if stepper.options.router_aux_loss:
         found["router_aux_loss"] = float(numbers.balance)
     fastest = peak(jax.devices()[0].device_kind)

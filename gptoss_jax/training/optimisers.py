@@ -37,8 +37,8 @@ class Optimisation:
     rates like Adam's.
     """
 
-    steps: int
     learning_rate: float
+    steps: int | None = None  # None: those of the data's epochs, which the caller fills in
     optimiser: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 0
@@ -57,8 +57,8 @@ class Optimisation:
         problems = [
             f"{name}: expected {what}, got {getattr(self, name)!r}"
             for names, what, right in (
-                (("steps",), "a whole number of at least 1", lambda x: x >= 1),
-                (("warmup_steps",), f"0 to steps={self.steps}", lambda x: 0 <= x <= self.steps),
+                (("steps",), "a whole number of at least 1", lambda x: x is None or x >= 1),
+                (("warmup_steps",), f"0 to steps={self.steps}", self._has_steps),
                 (("learning_rate", "eps"), "a number above 0", lambda x: x > 0),
                 (("weight_decay",), "at least 0", lambda x: x >= 0),
                 (("clip_norm",), "a number above 0, or none", lambda x: x is None or x > 0),
@@ -74,9 +74,18 @@ class Optimisation:
         if problems:
             raise ValueError("; ".join(problems))
 
+    def _has_steps(self, count: int) -> bool:
+        return count >= 0 and (self.steps is None or count <= self.steps)
+
+    @property
+    def all_steps(self) -> int:
+        if self.steps is None:
+            raise ValueError("steps: expected a number of steps, got none; give one")
+        return self.steps
+
     def rate(self, step: Any) -> Any:
         """The learning rate of the step that follows this many; a traced number, too."""
-        after = self.steps - self.warmup_steps
+        after = self.all_steps - self.warmup_steps
         schedule = _SHAPES[self.schedule](self, max(after, 1))
         if self.warmup_steps:
             warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
@@ -114,7 +123,7 @@ def _cosine(options: Optimisation, steps: int):
 
 
 def _wsd(options: Optimisation, steps: int):
-    falling = min(steps, max(1, round(options.decay_share * options.steps)))
+    falling = min(steps, max(1, round(options.decay_share * options.all_steps)))
     rate = options.learning_rate
     fall = optax.linear_schedule(rate, options.final_share * rate, falling)
     return optax.join_schedules([optax.constant_schedule(rate), fall], [steps - falling])

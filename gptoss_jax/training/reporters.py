@@ -9,7 +9,6 @@ import collections
 import datetime
 import importlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from gptoss_jax.distributed import is_first
-from gptoss_jax.training.hooks import Hook, Metrics, Run
+from gptoss_jax.training.hooks import Hook, Metrics, Run, drop_later_lines
 
 
 class Reporter(Hook):
@@ -61,8 +60,7 @@ class MetricsFile(Reporter):
 
     def open(self, run: Run) -> None:
         path = _folder(run, "metrics file") / "metrics.jsonl"
-        kept = _lines_up_to(path, run.step) if path.exists() and run.step else []
-        _replace(path, "".join(kept))
+        drop_later_lines(path, run.step)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -73,24 +71,6 @@ class MetricsFile(Reporter):
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """Those of a file that are whole; the last one may have been cut off."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, LookupError, TypeError):
-            continue
-    return kept
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class TensorBoard(Reporter):
@@ -209,7 +189,9 @@ class ProgressBar(Reporter):
         words = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
         if "mfu" in metrics:
             words.append(f"MFU {metrics['mfu']:.1%}")
-        return "  ".join([*words, f"{metrics['memory_bytes'] / 1e9:.1f} GB"])
+        if "memory_bytes" in metrics:
+            words.append(f"{metrics['memory_bytes'] / 1e9:.1f} GB")
+        return "  ".join(words)
 
     def _left(self, step: int) -> str:
         """By the last steps and all that was between them."""

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from gptoss_jax.model.cache import new_positions
 from gptoss_jax.model.placed import leaf_specs
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.shapes import Array
@@ -68,7 +69,10 @@ class TrainState(nnx.Pytree):
 
 
 class Counts(NamedTuple):
-    """What was in a batch; a pair is a token and one it looks at, itself included."""
+    """What was in a batch; a pair is a token and one it looks at, itself included.
+
+    A beginning that rows share is there once.
+    """
 
     tokens: Int[Array, ""]
     trained: Int[Array, ""]  # tokens with weight
@@ -256,8 +260,7 @@ def put(batch: AnyBatch, where: Placement | None, parts: int) -> AnyBatch:
         raise ValueError(
             f"micro_batches: expected a divisor of the {num_rows} rows of a batch, got {parts}"
         )
-    if num_rows // parts % devices:
-        check_rows(num_rows // parts, where, "batch" if parts == 1 else "part of a batch")
+    check_rows(num_rows // parts, where, "batch" if parts == 1 else "part of a batch")
 
     def put_rows(x):
         x = _in_parts(np.asarray(x), parts, devices)
@@ -380,12 +383,19 @@ def _summed(gradient_of: Callable[[AnyBatch], Any], batch: AnyBatch) -> Any:
 
 def _counts(batch: AnyBatch, window: int) -> Counts:
     trained = (jnp.asarray(batch.weights) > 0).sum(dtype=jnp.int32)
-    if isinstance(batch, PrefixedBatch):
-        none = jnp.float32(0)
-        return Counts(jnp.asarray(batch.lengths).sum(dtype=jnp.int32), trained, none, none)
-    seen = jnp.asarray(batch.positions) + 1  # by each token; padding sees 0
+    seen = _positions(batch) + 1  # by each token; padding sees 0
     pairs, window_pairs = (x.astype(jnp.float32).sum() for x in (seen, jnp.minimum(seen, window)))
     return Counts((seen > 0).sum(dtype=jnp.int32), trained, pairs, window_pairs)
+
+
+def _positions(batch: AnyBatch) -> Array:
+    """Of all tokens, a beginning's once; padding is -1."""
+    if isinstance(batch, Batch):
+        return jnp.asarray(batch.positions)
+    starts, counts = jnp.asarray(batch.prefix_lengths), jnp.asarray(batch.lengths)
+    first = new_positions(jnp.zeros_like(starts), starts, batch.prefixes.shape[1])
+    own = new_positions(starts[jnp.asarray(batch.prefix)], counts, batch.tokens.shape[1])
+    return jnp.concatenate([first.ravel(), own.ravel()])
 
 
 def _group_norms(gradient: Any) -> dict[str, Array]:

@@ -160,6 +160,14 @@ class CheckpointStore:
             f"{advice}"
         )
 
+    def facts(self) -> dict[str, Any] | None:
+        """Those of the newest checkpoint, unverified; None if there is none to be read."""
+        step = self.latest()
+        try:
+            return None if step is None else _read_facts(self._path(step))["facts"]
+        except (OSError, ValueError, LookupError):
+            return None
+
     def latest(self) -> int | None:
         """The newest step that is complete, and not known to be damaged."""
         return max(self._steps() - self._damaged, default=None)

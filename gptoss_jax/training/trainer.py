@@ -119,7 +119,7 @@ class _Loop:
         """The run at its start, or as the store has it."""
         if folder is not None and is_first():
             folder.mkdir(parents=True, exist_ok=True)
-        like, steps = self.stepper.abstract_state(), self.stepper.optimisation.steps
+        like, steps = self.stepper.abstract_state(), self.stepper.optimisation.all_steps
         found = None if self.store is None else self.store.restore(like)
         state = self.stepper.first_state(model) if found is None else found.state
         run = Run(stepper=self.stepper, state=state, steps=steps, folder=folder, say=self.say)
@@ -243,9 +243,7 @@ class _Loop:
         """Whether that went well; a disk that is full ends the run, not the process."""
         try:
             write()
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and jax.process_count() == 1:
-                raise  # of several processes all but the one with the full disk are told so
+        except OSError as error:  # on every process, if on any
             self.failed, run.reason = True, str(error)
             run.say(run.reason)
         return not self.failed

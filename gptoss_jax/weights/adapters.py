@@ -184,10 +184,10 @@ def _checked(found: AdapterFolder, layers: Mapping, model: Transformer) -> dict[
     shapes, left = {}, dict(found.tensors)
     for name in (name for name in found.scales if name in layers):
         pair = [left.pop(f"{name}.{ADAPTER}.{member}", None) for member in ("a", "b")]
-        if None in pair:
+        got = [(tensor.dtype, tensor.shape) for tensor in pair if tensor is not None]
+        if len(got) < 2:
             problems.append(f"{name}: one of its tensors is missing")
             continue
-        got = [(t.dtype, t.shape) for t in pair]
         per_expert = name.endswith(("gate_up", "down"))
         rank = got[0][1][per_expert] if len(got[0][1]) > per_expert else 0
         wanted = shapes_of(name, layers[name], rank, model.placement)

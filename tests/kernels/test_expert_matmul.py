@@ -37,11 +37,17 @@ def selected(case: cases.Case, dtype: str, kind: str) -> bool:
 
 
 def marks(case: cases.Case, dtype: str, kind: str, name: str) -> tuple:
-    """Interpreters are slow: one case is always run through them, the others on demand."""
+    """Interpreters are slow: one case is always run through them, every case in CI, packed and
+    plain in turn, and all of them on demand."""
     if name == "xla":
         return (pytest.mark.mesh,) if case.here and case.name not in CHEAP else ()
-    always = case.name == CHEAP[0] and (dtype, kind) == ("bfloat16", "packed")
-    return () if always else (pytest.mark.interpreter,)
+    if case.name == CHEAP[0] and (dtype, kind) == ("bfloat16", "packed"):
+        return ()
+    in_turn = ("plain", "packed")[cases.CASES.index(case) % 2]
+    only = name == "mosaic_tpu" and case.name in PLAIN_ONLY
+    if kind == in_turn or only:
+        return (pytest.mark.interpreter,)
+    return pytest.mark.interpreter, pytest.mark.slow
 
 
 EVERYTHING = [
@@ -204,7 +210,10 @@ def test_factors_do_what_their_product_does(case, dtype, kind, implementation):
     """Against whole matrices in float64; alone they are another op than without them."""
     inputs, dout, _, _ = exact(case, dtype, kind)
     arrays, ids, bytes_ = on_device(inputs, dtype, kind)
-    factors = {name: getattr(inputs, name) for name in ("gate_up_factors", "down_factors")}
+    factors = {  # float32 arrays of what the products take
+        name: tuple(as_stored(name, array, dtype) for array in getattr(inputs, name))
+        for name in ("gate_up_factors", "down_factors")
+    }
     arrays |= {name: reference.Factors(*map(jnp.asarray, pair)) for name, pair in factors.items()}
     run = program(implementation, cases.E if case.here else None)
 

@@ -17,13 +17,16 @@ from gptoss_jax.kernels.sink_attention.api import IMPLEMENTATIONS
 
 BFLOAT16_CASES = ("chunks", "one token, ring", "many queries, window")
 TYPES = {"mosaic_gpu": ("bfloat16",)}  # the GPU's matrix units know no float32
-# Interpreters are slow: these cases are always run through them, the others on demand.
+# Interpreters are slow: these cases are always run through them, all in one type in CI, the others
+# on demand.
 QUICK = ("chunks, window", "one token, ring")
 
 
 def marks(case: cases.Case, dtype: str, name: str) -> tuple:
-    always = name == "xla" or (case.name in QUICK and dtype == TYPES.get(name, ("float32",))[0])
-    return () if always else (pytest.mark.interpreter,)
+    first = dtype == TYPES.get(name, ("float32",))[0]
+    if name == "xla" or (case.name in QUICK and first):
+        return ()
+    return (pytest.mark.interpreter,) if first else (pytest.mark.interpreter, pytest.mark.slow)
 
 
 EVERYTHING = [

@@ -394,6 +394,7 @@ def test_what_changes_the_order_on_resume_is_an_error():
         "expand_turns": True,
         "too_long": "error",
         "packing": False,
+        "share_beginning": True,
         "shuffle": False,
         "seed": 9,
         "effort": "low",

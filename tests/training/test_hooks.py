@@ -196,10 +196,17 @@ def test_samples(model, run, tmp_path):
         assert given is model
         return [f"said to {prompt}" for prompt in prompts]
 
-    steps(run, Samples(["1+1"], generate, every=3), 1, 2, 3, 4)
+    hook = Samples(["1+1"], generate, every=3)
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 3}\n')  # of before a resume
+    run.step = 2
+    hook.on_start(run)
+    steps(run, hook, 1, 2, 3, 4)
 
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert lines == [{"step": step, "prompt": "1+1", "text": "said to 1+1"} for step in (3, 4)]
+    assert lines == [
+        {"step": 1},
+        *({"step": step, "prompt": "1+1", "text": "said to 1+1"} for step in (3, 4)),
+    ]
     assert run.said == [f"step {step}  '1+1' -> 'said to 1+1'" for step in (3, 4)]
 
 

@@ -181,11 +181,12 @@ def test_there_are_never_the_logits_of_all_tokens():
     """8 rows of 22 tokens, V = 208; a chunk is 16 tokens."""
     model = random_model(ONE_LAYER)
 
-    def shapes(chunk: int) -> str:
-        return Step(model, OPTIMISATION, options=StepOptions(loss_chunk=chunk)).lowered(8, 22)
+    def program(chunk: int) -> str:
+        step = Step(model, OPTIMISATION, options=StepOptions(loss_chunk=chunk))
+        return step.lowered(8, 22).as_text()
 
-    assert "tensor<176x208xf32>" in shapes(176).as_text()
-    chunked = shapes(16).as_text()
+    assert "tensor<176x208xf32>" in program(176)
+    chunked = program(16)
     assert "tensor<16x208xf32>" in chunked
     assert "176x208x" not in chunked and "8x22x208x" not in chunked
 

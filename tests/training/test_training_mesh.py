@@ -201,7 +201,7 @@ def test_nats_of_a_split_vocabulary(sharded_config, getkey):
 def test_rows_that_cannot_be_shared_out(sharded_config):
     model = place(random_model(one_layer(sharded_config)), make_mesh(data=2, fsdp=4))
 
-    with pytest.raises(ValueError, match=r"multiple of 8 rows.*data 2 x fsdp 4, got 9.*size 16"):
+    with pytest.raises(ValueError, match=r"multiple of 8 rows.*data 2 x fsdp 4, got 9; make it 16"):
         next_token_loss(model, random_batch(208, num_rows=9))
 
 

@@ -76,8 +76,8 @@ def make_inputs(case: Case) -> Inputs:
         down_bias=normal(E, D),
         gate_up_bytes=random_bytes(rng, E, 2, F, D),
         down_bytes=random_bytes(rng, E, D, F),
-        gate_up_factors=(normal(E, RANK, D) * np.float32(D**-0.5), normal(E, 2, F, RANK)),
-        down_factors=(normal(E, RANK, F) * np.float32(F**-0.5), normal(E, D, RANK)),
+        gate_up_factors=(normal(E, RANK, D) * np.float32(D**-0.5), normal(E, 2, F, RANK) / 4),
+        down_factors=(normal(E, RANK, F) * np.float32(F**-0.5), normal(E, D, RANK) / 4),
     )
     return poisoned(part(inputs, *case.here)) if case.here else inputs
 

@@ -163,7 +163,9 @@ def _gate_and_up(static: Static, rows, experts: Experts, groups: Groups):
 
 def _adapted(y: Float[Array, "rows P X"], rows, factors: Factors | None, groups: Groups):
     """With what the factors make of the rows, if there are any."""
-    return y if factors is None else y + low_rank.product(rows, factors, groups.expert_of_tile)
+    if factors is None:
+        return y
+    return y + low_rank.product(rows, factors, groups.expert_of_tile).astype(jnp.float32)
 
 
 def _forward(static, x, ids, weights, experts):
@@ -217,7 +219,7 @@ def _back(static: Static, groups: Groups, dy: Float[Array, "rows P X"], weights,
     drows = static.kernels.product_back(static, dy, weights, groups)
     if factors is None:
         return drows
-    return drows + low_rank.product_back(dy, factors, groups.expert_of_tile)
+    return drows + low_rank.product_back(dy, factors, groups.expert_of_tile).astype(jnp.float32)
 
 
 def _factors_gradient(dy, rows, factors: Factors | None, groups: Groups, real):

@@ -4,7 +4,8 @@
     t = rows a^T      y = t b^T            dt = dy b      drows = dt a      da = dt^T rows
                                                                             db = dy^T t
 The factors are small, so each tile is given those of its expert and plain batched products do.
-Operands are in the dtype of the rows, sums are float32.
+Operands, and what is added to a kernel's product, are in the dtype of the rows: the time goes into
+moving these. Sums are float32.
 """
 
 import jax
@@ -17,19 +18,19 @@ from gptoss_jax.kernels.expert_matmul.reference import Factors
 def product(
     rows: Float[Array, "rows I"], factors: Factors, expert_of_tile: Int[Array, " tiles"]
 ) -> Float[Array, "rows P X"]:
-    """rows a^T b^T, in float32."""
+    """rows a^T b^T."""
     a, b = _of_tiles(factors, expert_of_tile, rows.dtype)
     between = _between(_tiles(rows, a), a).astype(rows.dtype)
-    return _rows(_einsum("ZMr,ZPXr->ZMPX", between, b))
+    return _rows(_einsum("ZMr,ZPXr->ZMPX", between, b, dtype=rows.dtype))
 
 
 def product_back(
     dy: Float[Array, "rows P X"], factors: Factors, expert_of_tile: Int[Array, " tiles"]
 ) -> Float[Array, "rows I"]:
-    """dy b a, in float32: how gradients go back to the rows."""
+    """dy b a: how gradients go back to the rows."""
     a, b = _of_tiles(factors, expert_of_tile, dy.dtype)
     dt = _between_back(_tiles(dy, a), b).astype(dy.dtype)
-    return _rows(_einsum("ZMr,ZrI->ZMI", dt, a))
+    return _rows(_einsum("ZMr,ZrI->ZMI", dt, a, dtype=dy.dtype))
 
 
 def gradient(
@@ -78,5 +79,5 @@ def _between_back(dy: Float[Array, "tiles M P X"], b: Float[Array, "tiles P X r"
     return _einsum("ZMPX,ZPXr->ZMr", dy, b)
 
 
-def _einsum(equation: str, *operands: Array) -> Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+def _einsum(equation: str, *operands: Array, dtype=jnp.float32) -> Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=dtype)
