@@ -57,14 +57,14 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     where = together(lambda: _place(run, checkpoint), "mesh")
     base = load(checkpoint, experts=run.experts, dtype=run.model.dtype, mesh=where)
     model = base if run.lora is None else add_lora(base, run.lora, seed=run.seed)
-    say(weights_table(model))
+    say(f"weights\n{weights_table(model)}")
 
     tokenizer = tokenizer_of(model)
     documents, held_out = together(lambda: _documents(run, tokenizer), "data")
     here = _rows_here(run, where)
     training = batches(documents, run.data, here=here)
     agree("training data", training.digest)
-    say(str(training.report))
+    say(f"data: {training.report}")
     run = _with_steps(run, training)
 
     origin = base_of(base)

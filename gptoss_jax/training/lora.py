@@ -238,5 +238,6 @@ def weights_table(model: Transformer) -> str:
 
 
 def _cells(group: WeightGroup, fate: str) -> tuple[str, ...]:
-    size = f"{group.num_bytes / 1e9:.3f} GB"
+    unit, scale = ("GB", 1e9) if group.num_bytes >= 1e8 else ("MB", 1e6)
+    size = f"{group.num_bytes / scale:.3f} {unit}"
     return group.name, group.dtype, f"{group.count:,}", size, fate

@@ -159,7 +159,8 @@ class Step:
         return state if shardings is None else jax.tree.map(_described, state, shardings)
 
     def lowered(self, num_rows: int, length: int) -> jax.stages.Lowered:
-        """The program for packed rows, which needs no arrays: the model may be an abstract one."""
+        """The program for packed rows, which needs no arrays: the model may be an abstract one, and
+        what in it says already how it lies is left so."""
         frozen, parts = self.frozen, self.options.micro_batches
         rows = np.zeros((num_rows, length), np.int32)
         like = _in_parts(rows, parts, self.where.size("batch") if self.where else 1)
@@ -172,7 +173,9 @@ class Step:
             leaves, tree = jax.tree.flatten(frozen)
             specs = leaf_specs(frozen, self.where)
             shardings = [NamedSharding(self.where.mesh, spec) for spec in specs]
-            frozen = jax.tree.unflatten(tree, list(map(_described, leaves, shardings)))
+            there = map(_described, leaves, shardings)
+            lying = [x if x.sharding else like for x, like in zip(leaves, there, strict=True)]
+            frozen = jax.tree.unflatten(tree, lying)
         return self.program.lower(self.abstract_state(), frozen, batch)
 
     def _abstract(self) -> TrainState:

@@ -115,10 +115,10 @@ def test_the_table_of_weights():
 
     lines = [line.split() for line in weights_table(model).splitlines()]
 
-    assert ["moe.down", "mxfp4", "73,728", "0.000", "GB", "frozen"] in lines
-    assert ["attn.q", "adapters", "float32", "2,048", "0.000", "GB", "trained"] in lines
+    assert ["moe.down", "mxfp4", "73,728", "0.039", "MB", "frozen"] in lines
+    assert ["attn.q", "adapters", "float32", "2,048", "0.008", "MB", "trained"] in lines
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    assert lines[-1][2:] == [f"{size / 1e9:.3f}", "GB", "6,912", "trained"]
+    assert lines[-1][2:] == [f"{size / 1e6:.3f}", "MB", "6,912", "trained"]
 
 
 def test_attention_alone_by_default():
