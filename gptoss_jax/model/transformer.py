@@ -101,9 +101,7 @@ class Transformer(nnx.Module):
         self.packed = experts == "packed"
         self.placement = placement
         self.origin: str | None = None  # the folder the weights came from
-        self.remat = (
-            False  # where gradients are taken, keep a block's input and compute the rest again
-        )
+        self.remat = False  # with gradients: keep a block's input, and compute the rest again
         init = nnx.initializers.normal(config.embed_dim**-0.5)
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         kinds = {"packed": self.packed, "placement": placement, "dtype": dtype, "rngs": rngs}

@@ -56,10 +56,10 @@ class Difference:
 
 
 def rows(number: int = 20000, seed: int = 0) -> Iterator[dict]:
-    """Rows of a training set: differences, three in five; sums; and what is neither."""
+    """Rows of a training set: differences, every second one; sums; and what is neither."""
     rng = random.Random(seed)
     for _ in range(number):
-        if rng.random() < 0.6:
+        if rng.random() < 0.5:
             yield _row(rng, _draw(rng, held_out=False))
         else:
             yield _rehearsal(rng)

@@ -68,9 +68,13 @@ class Compiler:
             return lowered.compile()
 
 
-@pytest.fixture(params=[*TPUS, "h100"])
+ONE_DEVICE = ["v5e", "v6e", pytest.param("v5p", marks=pytest.mark.slow), "h100"]
+
+
+@pytest.fixture(params=ONE_DEVICE)
 def compile_for(request) -> Compiler:
-    """A compiler for each device that can be compiled for here."""
+    """A compiler for each device that can be compiled for here; a v5p is a larger v5e, so CI asks
+    only those tests for it that need its memory or several of them."""
     name = request.param
     if name in TPUS and not HAS_LIBTPU:
         pytest.skip("libtpu is not installed; pip install libtpu would let this run")

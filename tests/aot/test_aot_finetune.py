@@ -129,18 +129,16 @@ def test_one_device_holds_it(device, name, targets, limit):
 
 
 @pytest.mark.parametrize("device", LARGE)
-@pytest.mark.parametrize("name", ["20b", "120b"])
-def test_no_matrix_of_all_experts_is_ever_made(device, name):
-    step = compiled(Run(device, name, EXPERTS))
+def test_no_matrix_of_all_experts_is_ever_made(device):
+    step = compiled(Run(device, "120b", EXPERTS))
 
-    experts = ModelConfig.preset(name).num_experts
-    one_of_each = experts * 2880 * 2880
-    assert step.memory_analysis().temp_size_in_bytes < 2 * 3 * one_of_each  # in bfloat16
+    one_of_each = 128 * 2880 * 2880
+    assert step.memory_analysis().temp_size_in_bytes < 2 * one_of_each  # in bfloat16
     if device == "h100":  # libtpu cannot write these programs down
         shapes = set(re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", step.as_text()))
         dims = [[int(size) for size in shape.split(",")] for shape in shapes]
         assert any(2880 in shape for shape in dims)
-        assert not [s for s in dims if experts in s and math.prod(s) >= one_of_each]
+        assert not [sizes for sizes in dims if 128 in sizes and math.prod(sizes) >= one_of_each]
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
