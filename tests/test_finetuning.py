@@ -12,6 +12,7 @@ from checkpoints import COMPACT, write_checkpoint
 
 import gptoss_jax as gj
 from gptoss_jax import cli
+from gptoss_jax.cli.finetune import share_cores
 from gptoss_jax.finetuning.answers import RightAnswers
 from gptoss_jax.finetuning.options import FinetuneRun
 from gptoss_jax.harmony import Tokenizer
@@ -200,6 +201,20 @@ def test_recipes_are_runs(path):
 
     assert path.read_text().count(f"gptoss finetune configs/finetune/{path.name}") or run.mesh
     assert run.data.rows % run.step.micro_batches == 0
+
+
+def test_small_meshes_make_devices_of_the_cpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
+    monkeypatch.delenv("XLA_FLAGS")
+
+    for devices in (1, 2, 32):
+        share_cores(devices)
+    assert asked == [("jax_num_cpu_devices", 2)]
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    share_cores(2)
+    assert len(asked) == 1
 
 
 @pytest.mark.mesh

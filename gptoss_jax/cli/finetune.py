@@ -2,6 +2,8 @@
 """`gptoss finetune`: a run as a TOML file describes it; the same command goes on with it."""
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,9 +13,22 @@ from gptoss_jax.cli.output import print_json, remark
 from gptoss_jax.cli.processes import OfProcesses
 from gptoss_jax.cli.values import Flag
 
+MOST_ON_CPU = 8  # devices of a mesh that are made of one CPU
 TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the run
 
 Overrides = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="[FIELD=VALUE ...]")]
+
+
+def share_cores(devices: int) -> None:
+    """Let the CPU be as many devices as a small mesh wants: on one, small models use one core.
+
+    Where there is an accelerator nobody asks the CPU. To be called before jax is asked for devices.
+    """
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if 1 < devices <= MOST_ON_CPU and not said:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 @dataclass(kw_only=True)
@@ -42,6 +57,8 @@ class Finetune(OfProcesses):
 
         run = self.together(lambda: read_run(FinetuneRun, self.config, self.overrides), "config")
         self.agree("config", run.as_fields)
+        if not self.several:
+            share_cores(math.prod(run.mesh.values()))
         enable_compilation_cache()
         done = finetune(run, say=remark)
         outcome = done.outcome

@@ -34,7 +34,13 @@ GIB = 1 << 30
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.out")
 EXPERTS = (*ATTENTION, "moe.gate_up", "moe.down")
 LARGE = [
-    pytest.param("v5p", marks=pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")),
+    pytest.param(
+        "v5p",
+        marks=[  # minutes for each
+            pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed"),
+            pytest.mark.slow,
+        ],
+    ),
     pytest.param(
         "h100", marks=pytest.mark.skipif(not HAS_CUDA, reason="jax[cuda13] is not installed")
     ),
@@ -87,11 +93,17 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def compiled(run: Run):
-    """Two layers of it."""
+def lowered(run: Run):
+    """Two layers of it, for the compiler."""
     step = run.step(2)
     with run.compiling():
-        return step.lowered(run.rows, run.length).compile()
+        return step.lowered(run.rows, run.length)
+
+
+@functools.cache
+def compiled(run: Run):
+    with run.compiling():
+        return lowered(run).compile()
 
 
 def arguments(step: Step) -> int:
@@ -110,7 +122,7 @@ def on_a_device(tree, where) -> int:
 def whole(run: Run) -> float:
     """Bytes of one device while it makes a step with all layers."""
     memory, two, all_ = compiled(run).memory_analysis(), run.step(2), run.step()
-    assert memory.argument_size_in_bytes == pytest.approx(arguments(two), rel=0.01)
+    assert memory.argument_size_in_bytes == pytest.approx(arguments(two), rel=0.02)
     shared = memory.output_size_in_bytes - memory.alias_size_in_bytes
     config = all_.config
     gradients, before = (on_a_device(s.abstract_state().params, s.where) for s in (all_, two))
@@ -130,15 +142,18 @@ def test_one_device_holds_it(device, name, targets, limit):
 
 @pytest.mark.parametrize("device", LARGE)
 def test_no_matrix_of_all_experts_is_ever_made(device):
-    step = compiled(Run(device, "120b", EXPERTS))
+    """Not before the compiler and not by it, where it can be asked: libtpu cannot write these
+    programs down."""
+    run = Run(device, "120b", EXPERTS)
+    texts = {r"tensor<([\dx]+)x(?:bf16|f16|f32)>": lowered(run).as_text()}
+    if device == "h100":
+        texts[r"\b(?:bf16|f16|f32)\[([\d,]+)\]"] = compiled(run).as_text()
 
-    one_of_each = 128 * 2880 * 2880
-    assert step.memory_analysis().temp_size_in_bytes < 2 * one_of_each  # in bfloat16
-    if device == "h100":  # libtpu cannot write these programs down
-        shapes = set(re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", step.as_text()))
-        dims = [[int(size) for size in shape.split(",")] for shape in shapes]
-        assert any(2880 in shape for shape in dims)
-        assert not [sizes for sizes in dims if 128 in sizes and math.prod(sizes) >= one_of_each]
+    for pattern, text in texts.items():
+        shapes = [re.split("[x,]", shape) for shape in set(re.findall(pattern, text))]
+        sizes = [[int(size) for size in shape] for shape in shapes]
+        assert [128, 8, 2880] in sizes  # a factor
+        assert not [dims for dims in sizes if 128 in dims and math.prod(dims) >= 128 * 2880 * 2880]
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
