@@ -56,7 +56,8 @@ def pytest_cmdline_main(config):
     a few that are named on the command line are not worth the start of processes."""
     options = config.option
     everything = list(config.args) == config.getini("testpaths") and not options.keyword
-    if everything and getattr(options, "numprocesses", 0) is None:
+    is_worker = hasattr(config, "workerinput")
+    if everything and not is_worker and getattr(options, "numprocesses", 0) is None:
         options.numprocesses = min(os.cpu_count() or 1, MOST_PROCESSES)
         options.dist = "loadfile"
 
