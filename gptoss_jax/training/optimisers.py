@@ -54,11 +54,12 @@ class Optimisation:
 
     def __post_init__(self):
         shares = ("final_share", "decay_share", "beta1", "beta2", "muon_beta")
+        most = math.inf if self.steps is None else self.steps
         problems = [
             f"{name}: expected {what}, got {getattr(self, name)!r}"
             for names, what, right in (
                 (("steps",), "a whole number of at least 1", lambda x: x is None or x >= 1),
-                (("warmup_steps",), f"0 to steps={self.steps}", self._has_steps),
+                (("warmup_steps",), f"0 to steps={self.steps}", lambda x: 0 <= x <= most),
                 (("learning_rate", "eps"), "a number above 0", lambda x: x > 0),
                 (("weight_decay",), "at least 0", lambda x: x >= 0),
                 (("clip_norm",), "a number above 0, or none", lambda x: x is None or x > 0),
