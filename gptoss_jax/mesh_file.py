@@ -14,7 +14,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from gptoss_jax.sharding import MESH_AXES, RULES, make_mesh
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.sharding import MESH_AXES, RULES, Placement, make_mesh, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,10 @@ class WrittenMesh:
         """On the devices that are there. Raises ValueError if they do not suffice."""
         sizes: dict[str, Any] = dict(self.sizes)
         return make_mesh(**sizes)
+
+    def placement(self, config: ModelConfig, *, packed: bool) -> Placement:
+        """The same for one model. Raises ValueError if its sizes do not divide."""
+        return placement(self.mesh(), config, packed=packed, rules=self.rules)
 
 
 def read_mesh(text: str | Path) -> WrittenMesh:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import COMPACT, write_checkpoint
@@ -141,6 +142,21 @@ def test_another_base(done, tmp_path, capfd):
     assert finetune(done, f"model.checkpoint={other}") == 2
 
     assert "model.checkpoint: expected the weights with which the run" in capfd.readouterr().err
+
+
+def test_all_parameters(base, rows, tmp_path):
+    """What comes out is a model of its own, other than the one it was made from."""
+    config = written(tmp_path, base, rows)
+    config.write_text(config.read_text().partition("[lora]")[0])
+    data = [f'data.train=["{rows}"]', "data.length=256", "data.rows=2"]
+
+    assert finetune(config, *data, "optimisation.steps=1", "optimisation.learning_rate=1e-2") == 0
+
+    before = gj.load(base, experts="bf16", dtype="float32")
+    after = gj.load(tmp_path / "out" / "model", dtype="float32", experts="bf16")
+    moved = jnp.abs(before.blocks[0].moe.down.kernel[...] - after.blocks[0].moe.down.kernel[...])
+    assert 1e-3 < moved.max() < 0.1
+    assert gj.tokenizer_of(after).vocab_size == COMPACT.vocab_size
 
 
 @pytest.mark.parametrize(

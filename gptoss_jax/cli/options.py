@@ -138,11 +138,7 @@ class OfModel(OfProcesses, OfCheckpoint):
         """The devices, and that the model's sizes divide by them."""
         if written is None:
             return None
-        from gptoss_jax.sharding import placement
-
-        packed = self.experts == "packed"
-        config = self.opened().config
-        return placement(written.mesh(), config, packed=packed, rules=written.rules)
+        return written.placement(self.opened().config, packed=self.experts == "packed")
 
     def opened(self) -> "Checkpoint":
         from gptoss_jax.weights.checkpoint import open_checkpoint

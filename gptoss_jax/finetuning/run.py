@@ -21,7 +21,7 @@ from gptoss_jax.finetuning.watching import hooks_of
 from gptoss_jax.folders import BUNDLED_MODEL
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.sharding import Placement, placement
+from gptoss_jax.sharding import Placement
 from gptoss_jax.training.data import batches, check_resume, load_rows, one_pass, order_fields
 from gptoss_jax.training.documents import Batches, Documents, rows_here
 from gptoss_jax.training.lora import add_lora, weights_table
@@ -105,8 +105,7 @@ def _place(run: FinetuneRun, checkpoint: str) -> Placement | None:
     if written is None:
         return None
     config = open_checkpoint(checkpoint).config
-    packed = run.experts == "packed"
-    return placement(written.mesh(), config, packed=packed, rules=written.rules)
+    return written.placement(config, packed=run.experts == "packed")
 
 
 def _documents(run: FinetuneRun, tokenizer: Tokenizer) -> tuple[Documents, Documents | None]:
@@ -203,10 +202,9 @@ def _save(run: FinetuneRun, model: Transformer, base: Base) -> Path:
         return result
     if run.lora is not None:
         return save_adapter(model, result, base=base, options=dataclasses.asdict(run.lora))
-    tokenizer = tokenizer_of(model)
-    export(model, result, generation={"eos_token_id": list(tokenizer.stop_ids)})
+    export(model, result, experts="bf16")
     if is_first():
-        tokenizer.save(result)
+        tokenizer_of(model).save(result)
     return result
 
 
