@@ -137,6 +137,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def of_first(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The same on process 0, and silence on the others."""
+    return say if is_first() else lambda text: None
+
+
 def agree(what: str, value: str) -> None:
     """Raise the same ValueError on every process unless all have the same value.
 

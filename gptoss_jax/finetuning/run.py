@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 
 from gptoss_jax.conversation import tokenizer_of
-from gptoss_jax.distributed import agree, is_first, together
+from gptoss_jax.distributed import agree, is_first, of_first, together
 from gptoss_jax.finetuning.options import FinetuneRun, differences
 from gptoss_jax.finetuning.watching import hooks_of
 from gptoss_jax.folders import BUNDLED_MODEL
@@ -52,7 +52,7 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     """
     folder = Path(run.output)
     together(lambda: _check_folder(run), "output")
-    say = say if is_first() else _silent
+    say = of_first(say)
     checkpoint = str(BUNDLED_MODEL) if run.model.checkpoint is None else run.model.checkpoint
     where = together(lambda: _place(run, checkpoint), "mesh")
     base = load(checkpoint, experts=run.experts, dtype=run.model.dtype, mesh=where)
@@ -94,10 +94,6 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     result = None if unfinished else _save(run, outcome.model, origin)
     say(_ending(outcome, result))
     return Finetuned(outcome, result)
-
-
-def _silent(text: str) -> None:
-    """Only the first process speaks."""
 
 
 def _place(run: FinetuneRun, checkpoint: str) -> Placement | None:

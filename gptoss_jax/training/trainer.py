@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gptoss_jax.distributed import everyones, is_first
+from gptoss_jax.distributed import everyones, is_first, of_first
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.hooks import Hook, Metrics, Run
 from gptoss_jax.training.metrics import step_metrics
@@ -84,14 +84,10 @@ def train(
     if any(hook.group_norms for hook in hooks):
         options = dataclasses.replace(options, group_norms=True)
     stepper = Step(model, optimisation, trainable=trainable, options=options)
-    loop = _Loop(stepper, batches, hooks, store, dict(facts or {}), say if is_first() else _silent)
+    loop = _Loop(stepper, batches, hooks, store, dict(facts or {}), of_first(say))
     run = loop.begin(model, accept, None if folder is None else Path(folder))
     with SafeStop() as signals:
         return loop.run_all(run, signals)
-
-
-def _silent(text: str) -> None:
-    """Only the first process speaks."""
 
 
 class _Next(NamedTuple):
