@@ -4,7 +4,9 @@
 Differences are felt for, never read from version numbers.
 """
 
+import dataclasses
 import functools
+import inspect
 import os
 import threading
 from typing import Any
@@ -16,14 +18,74 @@ from jax import core
 def mosaic_gpu_interpreter() -> Any:
     """What `interpret=` of a Mosaic-GPU kernel takes to run it on CPU, with all checks.
 
-    Reading out of bounds raises, memory that was not written holds NaN, races are printed.
+    Reading out of bounds raises, memory that was not written holds NaN, `races` has the races.
     """
     from jax._src.pallas.mosaic.interpret import thread_map
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     if hasattr(thread_map, "_run_jaxpr"):
         thread_map._run_jaxpr = _run_jaxpr
-    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise")
+    return InterpretGPUParams(**_checks(InterpretGPUParams))
+
+
+def mosaic_tpu_interpreter(cores: int = 1) -> Any:
+    """The same for a Mosaic-TPU kernel, on a chip of so many cores."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    checks = _checks(pltpu.InterpretParams)
+    return pltpu.InterpretParams(**checks, num_cores_or_threads=cores)
+
+
+races: list[str] = []  # what the interpreters found since somebody emptied it
+
+
+def _checks(params: Any) -> dict[str, Any]:
+    _record_races()
+    checks = {"detect_races": True, "out_of_bounds_reads": "raise", "uninitialized_memory": "nan"}
+    known = {field.name for field in dataclasses.fields(params)}
+    # To raise inside a kernel would leave its other threads waiting.
+    return checks | ({"on_race": "warn"} if "on_race" in known else {})
+
+
+@functools.cache
+def _record_races() -> None:
+    """The state of a kernel is gone when the next one begins; this remembers."""
+    from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
+
+    def remember(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name == "races_found" and value:
+            races.append("a race between two threads of a kernel; the interpreter printed where")
+
+    RaceDetectionState.__setattr__ = remember  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def gpu_interpreter_knows_layouts() -> bool:
+    """Whether it runs loads in a layout and products of transposed tiles; since jax 0.11."""
+    from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
+
+    return hasattr(jaxpr_interpret, "resolve_ref")
+
+
+def load_in_layout(ref: Any, layout: Any) -> Any:
+    """Load what a Mosaic-GPU reference refers to into registers, however the threads lie to it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    wants_one = index is not None and index.default is inspect.Parameter.empty  # until jax 0.11
+    return plgpu.load(ref, *([()] if wants_one else []), layout=layout, optimized=False)
+
+
+def store_as_held(ref: Any, value: Any) -> None:
+    """Store to global memory, however the threads that hold the values lie to it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    store = getattr(plgpu, "store", None)
+    if store:  # since jax 0.12, which refuses by default what is slow
+        store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kind of device a program is being traced for.
+"""What a program is being traced for: which kind of device, and by which kernels.
 
-Kernels and their block sizes depend on it. That is the default device, unless a program is compiled
-for hardware that is not there: `compiling_for` says so. Asking touches no device before the first
-call.
+That is the default device and the fastest kernels, unless a program is compiled for hardware that
+is not there (`compiling_for`) or our kernels are taken out (`kernels`). jax keeps traces by
+function and shapes alone, so whatever keeps a program keeps it for a `Context`. Asking touches no
+device before the first call.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -40,8 +43,7 @@ def target() -> Target:
 def compiling_for(platform: str, kind: str) -> Iterator[None]:
     """Trace for a device that need not exist here.
 
-    jax keeps traces by function and shapes alone: trace functions inside that were not traced for
-    another target before.
+    jax keeps traces of a function: jit a new one for each target.
     """
     token = _override.set(Target(platform, kind))
     try:
@@ -69,3 +71,95 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpreting.reset(token)
+
+
+VARIABLE = "GPTOSS_JAX_KERNELS"
+KERNELS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # the fastest that can run, or one by name
+
+_kernels: contextvars.ContextVar[str | None] = contextvars.ContextVar("kernels", default=None)
+
+
+def wanted_kernels() -> str:
+    """Which of `KERNELS` programs traced now are to use.
+
+    Raises ValueError if the environment variable holds another name.
+    """
+    return _kernels.get() or _known(os.environ.get(VARIABLE) or KERNELS[0], VARIABLE)
+
+
+@contextlib.contextmanager
+def kernels(name: str) -> Iterator[None]:
+    """Trace programs inside with these kernels, one of `KERNELS`, as GPTOSS_JAX_KERNELS=name does.
+
+    "xla" takes ours out: what is wrong with it, too, is no kernel's fault. A named kernel that
+    cannot run raises ValueError where it is to be traced. Load the model inside as well: packed
+    experts lie as the kernels read them, and are put in order again and again for others.
+    """
+    token = _kernels.set(_known(name, "kernels"))
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
+
+
+def _known(name: str, what: str) -> str:
+    if name not in KERNELS:
+        raise ValueError(f"{what}: expected one of {', '.join(KERNELS)}, got {name!r}")
+    return name
+
+
+class Context(NamedTuple):
+    """All that a trace depends on beside a function and its arguments; see `in_this_context`."""
+
+    target: Target
+    kernels: str
+    interpreting: bool
+
+
+def context() -> Context:
+    """That of now."""
+    return Context(target(), wanted_kernels(), interpreting())
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_this_context(function: F) -> F:
+    """Make a function run, whenever it is traced, in the context of now."""
+    here = context()
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tokens = (
+            _override.set(here.target),
+            _kernels.set(here.kernels),
+            _interpreting.set(here.interpreting),
+        )
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _override.reset(tokens[0])
+            _kernels.reset(tokens[1])
+            _interpreting.reset(tokens[2])
+
+    return run  # pyright: ignore[reportReturnType]
+
+
+def program_cache(maxsize: int) -> Callable[[F], F]:
+    """Decorate a function that makes a jitted program: one is kept for each context it is asked in.
+
+    The program itself is to be jitted from a function that is made so by `in_this_context`.
+    """
+
+    def decorate(make: F) -> F:
+        @functools.lru_cache(maxsize=maxsize)
+        def made(here: Context, *args: Any) -> Any:
+            return make(*args)
+
+        @functools.wraps(make)
+        def find(*args: Any) -> Any:
+            return made(context(), *args)
+
+        return find  # pyright: ignore[reportReturnType]
+
+    return decorate

@@ -40,6 +40,7 @@ if importlib.util.find_spec("beartype"):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from gptoss_jax import compat  # noqa: E402
 from gptoss_jax.config import ModelConfig, RopeConfig  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -109,6 +110,14 @@ def getkey():
     """A function that returns a new random key at each call, the same ones in every run."""
     counter = itertools.count()
     return lambda: jax.random.key(next(counter))
+
+
+@pytest.fixture(autouse=True)
+def no_races():
+    """Kernels that ran in an interpreter had no data races."""
+    compat.races.clear()
+    yield
+    assert not compat.races, f"{len(compat.races)} data races; the captured output says where"
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,10 @@ PACKAGE = Path(__file__).parents[1] / "gptoss_jax"
 FLOORS = (
     ("config", "shapes", "compat", "device", "folders", "roll_call"),
     ("mxfp4", "sharding", "mesh_file", "distributed", "harmony", "run_file"),
-    ("kernels", "kernels/dispatch", "kernels/sink_attention", "kernels/expert_matmul"),
+    (
+        *("kernels", "kernels/dispatch", "kernels/hopper"),
+        *("kernels/sink_attention", "kernels/expert_matmul"),
+    ),
     ("model",),
     ("weights", "inference", "training", "research"),
     ("conversation", "finetuning", "tiny", "serving", "planning", "benchmarking"),
@@ -34,6 +37,8 @@ SAME_FLOOR = {
     ("kernels", "kernels/expert_matmul"),
     ("kernels/sink_attention", "kernels/dispatch"),
     ("kernels/expert_matmul", "kernels/dispatch"),
+    ("kernels/sink_attention", "kernels/hopper"),
+    ("kernels/expert_matmul", "kernels/hopper"),
 }
 LEAVES = {"weights/names"}  # import nothing from their own room either
 # Rooms that are not for everyone above them.

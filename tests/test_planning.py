@@ -3,6 +3,7 @@
 
 import pytest
 
+from gptoss_jax import device
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.planning import dispatches
 
@@ -18,6 +19,20 @@ def test_each_platform_uses_its_own_kernels():
     assert names(platform="gpu") == {"mosaic_gpu"}
     assert names(platform="tpu", kind="TPU v6 lite") == {"mosaic_tpu"}
     assert names(platform="gpu", dtype="float32") == {"xla"}
+
+
+def test_what_the_environment_wants_is_what_is_shown(monkeypatch):
+    monkeypatch.setenv("GPTOSS_JAX_KERNELS", "xla")
+    rows = dispatches(CONFIG, batch=1, context=4096, platform="gpu")
+
+    assert {(row.implementation, row.reason) for row in rows} == {("xla", "GPTOSS_JAX_KERNELS=xla")}
+    monkeypatch.setenv("GPTOSS_JAX_KERNELS", "mosaic_tpu")
+    with pytest.raises(
+        ValueError, match="'mosaic_tpu' cannot run sink_attention here: needs a TPU"
+    ):
+        names(platform="gpu")
+    with device.kernels("auto"):
+        assert names(platform="gpu") == {"mosaic_gpu"}
 
 
 def test_every_op_of_every_kind_of_layer_and_phase_has_a_row():

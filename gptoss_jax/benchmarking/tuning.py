@@ -43,7 +43,8 @@ def _tune(case: Speed, dtype: str) -> Iterator[dict[str, Any]]:
 
     def milliseconds(tiles: Tiles) -> float:
         def forward(q, k, v, sinks, **places: jax.Array) -> jax.Array:
-            return api.run(choice.module, problem, tiles, False, q, k, v, sinks, Places(**places))
+            static = api.static_of(choice.module, problem, tiles)
+            return api.run(static, problem, None, q, k, v, sinks, Places(**places))
 
         try:
             found = 1e3 * time_chain(forward, q, **given).median

@@ -2,8 +2,8 @@
 """Which implementation of an op runs, and why: the same rules for every op.
 
 An op is a table of implementations, fastest first. The first one that can run is taken; a named one
-runs or raises, with every reason. On a device nobody has tried a kernel on, its first use is
-compiled alone, and if that fails the next implementation takes over, with a warning.
+runs or raises, with every reason. Where nobody has tried a kernel, on this device with this jax,
+its first use is compiled alone, and if that fails the next one takes over, with a warning.
 """
 
 import functools
@@ -16,19 +16,28 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptoss_jax.device import Target, interpreting, target
+from gptoss_jax.device import VARIABLE, Target, interpreting, target, wanted_kernels
 
 _log = logging.getLogger(__name__)
+
+# Beginnings of device kinds, and the versions of jax with whose compilers every kernel has been
+# compiled for them. Anything else is tried first.
+TRIED = {
+    "NVIDIA H100": ("0.10.2", "0.11.2", "0.12.0"),
+    "NVIDIA H200": ("0.10.2", "0.11.2", "0.12.0"),
+    "TPU v5": ("0.10.2", "0.12.0"),
+    "TPU v6": ("0.10.2", "0.12.0"),
+}
+_GOOD_KINDS = {"gpu": "NVIDIA H100", "tpu": "TPU v5 lite"}  # whose limits are the problem's own
 
 
 class Implementation(NamedTuple):
     """`module` has `why_not(problem, kind) -> list of reasons`; it is imported only where its
-    platform is the one asked for."""
+    platform, or itself by name, is asked for."""
 
     name: str
     module: str
     platform: str | None  # None: any
-    tried_on: tuple[str, ...] = ()  # beginnings of the device kinds it is known to compile for
 
     def load(self) -> Any:
         return importlib.import_module(self.module)
@@ -48,13 +57,17 @@ class Op(NamedTuple):
     compile: Callable[[Any, Any], None]
 
     def choose(self, problem: Any, name: str | None = None) -> Choice:
-        """The implementation for a problem on the current target.
+        """The implementation for a problem on the current target; `name` is one of the table's, or
+        None for what `device.wanted_kernels` says.
 
         Raises ValueError if a named one is unknown or cannot run.
         """
         here = target()
         if name is not None:
-            return self._named(name, problem, here)
+            return self._named(name, problem, here, "implementation", "None")
+        wanted = wanted_kernels()
+        if wanted != "auto":
+            return self._named(wanted, problem, here, VARIABLE, "auto")
         refused = []
         for implementation in self.implementations:
             if implementation.platform not in (None, here.platform):
@@ -66,33 +79,40 @@ class Op(NamedTuple):
             refused.append(f"not {implementation.name}: {', '.join(reasons) or 'did not compile'}")
         raise AssertionError(f"{self.name}: the last implementation must take everything")
 
-    def _named(self, name: str, problem: Any, here: Target) -> Choice:
+    def _named(self, name: str, problem: Any, here: Target, asked_by: str, any_: str) -> Choice:
         known = {implementation.name: implementation for implementation in self.implementations}
         if name not in known:
-            raise ValueError(
-                f"implementation: expected None or one of {', '.join(sorted(known))}, got {name!r}"
-            )
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{asked_by}: expected {any_} or one of {names}, got {name!r}")
         reasons = _why_not(known[name], problem, here)
         if reasons:
             others = [other for other in known if not _why_not(known[other], problem, here)]
             raise ValueError(
-                f"implementation: {name!r} cannot run {self.name} here: {'; '.join(reasons)}; "
-                f"use {' or '.join(map(repr, others))}, or None for the fastest that can"
+                f"{asked_by}: {name!r} cannot run {self.name} here: {'; '.join(reasons)}; "
+                f"use {' or '.join(map(repr, others))}, or {any_} for the fastest that can"
             )
-        return Choice(name, known[name].load(), "asked for by name")
+        reason = "asked for by name" if asked_by == "implementation" else f"{asked_by}={name}"
+        return Choice(name, known[name].load(), reason)
 
     def _compiles(self, implementation: Implementation, problem: Any, here: Target) -> bool:
-        known = implementation.platform is None or here.kind.startswith(implementation.tried_on)
-        if known or here.kind != jax.devices()[0].device_kind:
+        if implementation.platform is None or _tried(here.kind):
+            return True
+        if here.kind != jax.devices()[0].device_kind:  # nothing here could try
             return True
         return not _failure(self, implementation, problem, here.kind)
 
 
+def _tried(kind: str) -> bool:
+    version = ".".join(map(str, jax.__version_info__[:3]))
+    return any(kind.startswith(name) and version in by for name, by in TRIED.items())
+
+
 def _why_not(implementation: Implementation, problem: Any, here: Target) -> list[str]:
-    platform = implementation.platform
+    platform, why_not = implementation.platform, implementation.load().why_not
     if platform is None or platform == here.platform or interpreting():
-        return implementation.load().why_not(problem, here.kind)
-    return [f"needs a {platform.upper()}, the device is a {here.platform.upper()} ({here.kind})"]
+        return why_not(problem, here.kind)
+    wrong = f"needs a {platform.upper()}, the device is a {here.platform.upper()} ({here.kind})"
+    return [wrong, *why_not(problem, _GOOD_KINDS[platform])]
 
 
 _warned: set[tuple[str, str, str]] = set()

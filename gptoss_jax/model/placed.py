@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.device import in_this_context, program_cache
 from gptoss_jax.mxfp4 import Mxfp4
 from gptoss_jax.sharding import Placement, as_names, inside, placement
 
@@ -209,12 +210,13 @@ def _specs(spec: Spec, where: Placement, config: ModelConfig) -> Any:
     return where.spec(*(None if name == "." else name for name in spec.split()))
 
 
-@functools.lru_cache(maxsize=64)
+@program_cache(maxsize=64)
 def _program(where: Placement, method, graph, tree, flat_specs, specs_tree):
     def body(leaves, *arrays):
         return method(model_of(graph, tree, leaves), *arrays)
 
-    return jax.jit(spread(where, body, *jax.tree.unflatten(specs_tree, flat_specs)))
+    specs = jax.tree.unflatten(specs_tree, flat_specs)
+    return jax.jit(in_this_context(spread(where, body, *specs)))
 
 
 def model_of(graph: Any, tree: Any, leaves: Sequence[jax.Array]) -> Any:

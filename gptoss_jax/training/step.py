@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from gptoss_jax.device import in_this_context, program_cache
 from gptoss_jax.model.cache import new_positions
 from gptoss_jax.model.placed import leaf_specs
 from gptoss_jax.model.transformer import Transformer
@@ -299,7 +300,7 @@ def _rows_lie(where: Placement, parts: int) -> NamedSharding:
 # Programs ----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
+@program_cache(maxsize=4)
 def _step_program(
     graph, optimisation, options: StepOptions, where, dtypes, window, shardings, tree
 ):
@@ -332,25 +333,26 @@ def _step_program(
         finite = jnp.isfinite(numbers.loss) & jnp.isfinite(norm)
         return _if(finite, TrainState(params, moments), state), numbers
 
-    return jax.jit(step, donate_argnums=0, out_shardings=jax.tree.unflatten(tree, shardings))
+    shardings = jax.tree.unflatten(tree, shardings)
+    return jax.jit(in_this_context(step), donate_argnums=0, out_shardings=shardings)
 
 
-@functools.lru_cache(maxsize=4)
+@program_cache(maxsize=4)
 def _evaluation(graph, options: StepOptions, where: Placement | None, dtypes):
     def evaluate(params, frozen, batch) -> Sums:
         model = nnx.merge(graph, _seen(options, where, dtypes, params), frozen)
         return loss_sums(model, batch, chunk=options.loss_chunk)
 
-    return jax.jit(evaluate, out_shardings=where and where.sharding())
+    return jax.jit(in_this_context(evaluate), out_shardings=where and where.sharding())
 
 
-@functools.lru_cache(maxsize=4)
+@program_cache(maxsize=4)
 def _routes_program(graph, options: StepOptions, where: Placement | None, dtypes):
     def run(params, frozen, batch: Batch) -> Routes:
         model = nnx.merge(graph, _seen(options, where, dtypes, params), frozen)
         return routes(model, batch.tokens, batch.positions, batch.segments)
 
-    return jax.jit(run, out_shardings=where and where.sharding())
+    return jax.jit(in_this_context(run), out_shardings=where and where.sharding())
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,9 +3,11 @@
 
 import json
 import logging
+import re
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,10 +15,12 @@ from gptoss_jax import device
 from gptoss_jax.device import compiling_for
 from gptoss_jax.kernels import dispatch
 from gptoss_jax.kernels.dispatch import Implementation, Op
+from gptoss_jax.kernels.expert_matmul import api as experts_api
 from gptoss_jax.kernels.sink_attention import api, sink_attention
 from gptoss_jax.kernels.sink_attention.api import Problem
 
 PROBLEM = Problem(1, 512, 512, 64, 8, 64, "bfloat16", None)
+VERSION = ".".join(map(str, jax.__version_info__[:3]))
 H100 = ("gpu", "NVIDIA H100 80GB HBM3")
 V5E = ("tpu", "TPU v5 lite")
 
@@ -31,14 +35,15 @@ def op(monkeypatch):
     monkeypatch.setitem(sys.modules, "plain_of_test", plain)
     compiled = []
 
-    def make(tried_on=("cpu",), error=None):
+    def make(tried=None, error=None):
         def compile(module, problem):
             compiled.append(problem)
             if error:
                 raise error
 
+        monkeypatch.setattr(dispatch, "TRIED", {"cpu": (VERSION,)} if tried is None else tried)
         table = (
-            Implementation("fast", "fast_of_test", "cpu", tried_on),
+            Implementation("fast", "fast_of_test", "cpu"),
             Implementation("plain", "plain_of_test", None),
         )
         return Op("test_op", table, compile), compiled
@@ -70,7 +75,7 @@ def test_a_named_one_runs_or_says_every_reason_why_not(op):
 
 
 def test_a_kernel_that_does_not_compile_on_an_unknown_device_falls_back_once(op, caplog):
-    made, compiled = op(tried_on=("another",), error=RuntimeError("no such instruction"))
+    made, compiled = op({}, error=RuntimeError("no such instruction"))
 
     with caplog.at_level(logging.WARNING):
         names = [made.choose(problem).name for problem in (3, 3, 4)]
@@ -82,11 +87,100 @@ def test_a_kernel_that_does_not_compile_on_an_unknown_device_falls_back_once(op,
     assert "no such instruction" in record.getMessage()
 
 
-def test_a_kernel_that_compiles_on_an_unknown_device_is_used(op, caplog):
-    made, compiled = op(tried_on=("another",))
+@pytest.mark.parametrize(
+    "tried", [{}, {"another": (VERSION,)}, {"cpu": ("0.9.9", "99.0.0")}], ids=["no", "kind", "jax"]
+)
+def test_a_kernel_is_tried_on_a_device_or_with_a_jax_that_is_not_in_the_table(op, caplog, tried):
+    made, compiled = op(tried)
 
     assert made.choose(3).name == "fast"
     assert compiled == [3] and not caplog.records
+
+
+def test_the_environment_names_the_kernels(op, monkeypatch):
+    made, _ = op()
+    fast, plain = made.implementations
+    made = made._replace(
+        implementations=(fast._replace(name="mosaic_gpu"), plain._replace(name="xla"))
+    )
+
+    assert made.choose(3).name == "mosaic_gpu"
+    monkeypatch.setenv("GPTOSS_JAX_KERNELS", "xla")
+    assert made.choose(3)[::2] == ("xla", "GPTOSS_JAX_KERNELS=xla")
+    assert made.choose(3, "mosaic_gpu").name == "mosaic_gpu"  # what code names goes first
+    with device.kernels("mosaic_gpu"):  # and what Python says before the environment
+        assert made.choose(3).name == "mosaic_gpu"
+        with pytest.raises(ValueError) as error:
+            made.choose(-3)
+    monkeypatch.setenv("GPTOSS_JAX_KERNELS", "")
+    assert made.choose(3).reason == "the fastest on CPU"
+
+    assert str(error.value) == (
+        "GPTOSS_JAX_KERNELS: 'mosaic_gpu' cannot run test_op here: it is negative; so there; use "
+        "'xla', or auto for the fastest that can"
+    )
+
+
+@pytest.mark.parametrize("name", ["cuda", "XLA"])
+def test_an_unknown_name_is_answered_with_those_there_are(op, monkeypatch, name):
+    expected = f"expected one of auto, xla, mosaic_gpu, mosaic_tpu, got {name!r}"
+
+    with pytest.raises(ValueError, match=f"^kernels: {expected}"), device.kernels(name):
+        pass
+    monkeypatch.setenv("GPTOSS_JAX_KERNELS", name)
+    with pytest.raises(ValueError, match=f"^GPTOSS_JAX_KERNELS: {expected}"):
+        op()[0].choose(3)
+
+
+@pytest.mark.parametrize("op_api", [api, experts_api], ids=["attention", "experts"])
+def test_both_ops_have_the_names_that_the_environment_may_hold(op_api):
+    assert set(device.KERNELS) == {"auto", *op_api.IMPLEMENTATIONS}
+
+
+def test_a_program_is_kept_for_the_context_it_was_asked_in():
+    traced = []
+
+    @device.program_cache(maxsize=4)
+    def make(name):
+        return jax.jit(device.in_this_context(lambda x: traced.append(device.context()) or 2 * x))
+
+    here = make("a")
+    with device.kernels("xla"):
+        without = make("a")
+        assert make("a") is without
+    with compiling_for(*V5E):
+        there = make("a")
+    assert make("a") is here
+    for program in (there, without, here):  # traced outside of where they were asked for
+        assert program(3) == 6
+
+    cpu = device.Target("cpu", "cpu")
+    assert traced == [(V5E, "auto", False), (cpu, "xla", False), (cpu, "auto", False)]
+
+
+def grid_of(kind: str) -> tuple[int, ...]:
+    """Of the decode kernel of one row, traced for a TPU of that kind."""
+    q = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 2048, 8, 64), jnp.bfloat16)
+    places = [jax.ShapeDtypeStruct((1, size), jnp.int32) for size in (1, 2048)]
+
+    def run(q, k, sinks, q_positions, k_positions):
+        return sink_attention(q, k, k, sinks, q_positions=q_positions, k_positions=k_positions)
+
+    with compiling_for("tpu", kind):
+        program = str(jax.make_jaxpr(run)(q, k, jax.ShapeDtypeStruct((64,), jnp.bfloat16), *places))
+    (found,) = re.findall(r"grid=\((.*?)\)", program)
+    return tuple(int(size) for size in found.split(", ")[:3])
+
+
+@pytest.mark.parametrize("kinds", [("TPU v5 lite", "TPU v5p"), ("TPU v5p", "TPU v5 lite")])
+def test_a_second_target_is_not_given_the_program_of_the_first(kinds):
+    jax.clear_caches()
+
+    grids = {kind: grid_of(kind) for kind in kinds}
+
+    # A v5p is two cores: each takes half of the heads.
+    assert grids == {"TPU v5 lite": (1, 1, 1), "TPU v5p": (1, 2, 1)}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +207,15 @@ def test_limits_of_the_gpu_kernel_are_named_with_an_alternative(there, change, m
 
     assert message in str(error.value)
     assert "'xla'" in str(error.value)
+
+
+def test_every_reason_is_given_on_the_wrong_platform_too():
+    with pytest.raises(ValueError) as error:
+        api.choose(PROBLEM._replace(dtype="float32", H=512), "mosaic_gpu")
+
+    for reason in ("needs a GPU, the device is a CPU (cpu)", "not float32", "H up to 128, got 512"):
+        assert reason in str(error.value)
+    assert "Hopper" not in str(error.value)
 
 
 def test_a_named_kernel_does_not_run_on_the_wrong_device():

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is particular to the TPU kernels of the experts' network: tile sizes, decoders, padding."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from experts_oracle import decoded
 
+from gptoss_jax import compat
 from gptoss_jax.kernels.expert_matmul import cases, grouped, tpu
 from gptoss_jax.kernels.expert_matmul.api import Problem
 from gptoss_jax.mxfp4 import Mxfp4
@@ -90,6 +93,19 @@ def test_outer_has_zeros_for_idle_experts():
 
     member = (ids[:, None] == np.arange(E)).astype(np.float64)
     assert (np.asarray(got)[:, 0] == np.einsum("re,rx,ri->exi", member, x[:, :X], x)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_two_cores_race_for_nothing(monkeypatch, rows):
+    two_cores = functools.partial(compat.mosaic_tpu_interpreter, cores=2)
+    monkeypatch.setattr(compat, "mosaic_tpu_interpreter", two_cores)
+    packed, values = make_bytes(126, 128)
+    groups, x, x_rows, ids = grouped_rows(rows, D, "bfloat16")
+
+    y = tpu.product(static(rows, 128), x_rows, packed, jnp.zeros((E, 1, X), "bfloat16"), groups)
+
+    assert not compat.races
+    assert (np.asarray(y)[groups.row_of_pair, 0] == np.einsum("ri,rxi->rx", x, values[ids])).all()
 
 
 def test_tiles_follow_the_rows_of_an_expert():

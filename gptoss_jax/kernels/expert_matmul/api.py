@@ -226,8 +226,8 @@ _HERE = "gptoss_jax.kernels.expert_matmul"
 OP = Op(
     "expert_mlp",
     (
-        Implementation("mosaic_tpu", f"{_HERE}.tpu", "tpu", ("TPU v5", "TPU v6")),
-        Implementation("mosaic_gpu", f"{_HERE}.gpu", "gpu", ("NVIDIA H100", "NVIDIA H200")),
+        Implementation("mosaic_tpu", f"{_HERE}.tpu", "tpu"),
+        Implementation("mosaic_gpu", f"{_HERE}.gpu", "gpu"),
         Implementation("xla", f"{_HERE}.reference", None),
     ),
     _compile,

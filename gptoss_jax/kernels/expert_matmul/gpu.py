@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from gptoss_jax import compat
 from gptoss_jax.device import interpreting
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.expert_matmul import gpu_decoder as decoder
-from gptoss_jax.kernels.expert_matmul.grouped import FEW_PAIRS, Groups, Static, Tiles
+from gptoss_jax.kernels.expert_matmul.grouped import FEW_PAIRS, Groups, Static, Tiles, num_tiles
 from gptoss_jax.kernels.expert_matmul.reference import clamped_swiglu
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 
@@ -36,7 +37,18 @@ def why_not(problem, kind: str) -> list[str]:
         reasons.append(f"the matrix units take bfloat16, got {problem.dtype}; cast x, or use 'xla'")
     if not interpreting() and not kind.startswith(("NVIDIA H", "NVIDIA GH")):
         reasons.append(f"written for Hopper (H100, H200, GH200), the device is {kind}; use 'xla'")
+    rows, widest = _most_rows(problem), 2 * max(problem.D, problem.F)  # 2: gate and up
+    if rows * widest > hopper.MOST_ELEMENTS:
+        reasons.append(
+            f"R={problem.R} tokens make up to {rows} rows of {widest} numbers, and offsets have 32 "
+            "bits; give fewer tokens at a time, as with micro-batches, or use 'xla'"
+        )
     return reasons
+
+
+def _most_rows(problem) -> int:
+    size = tiles(problem).rows
+    return size * num_tiles(problem.R * problem.A, problem.E, size)
 
 
 def tiles(problem) -> Tiles:
@@ -101,7 +113,8 @@ def outer(
     several = max(1, 512 // size)
     owner = jnp.where(jnp.arange(tiles) < groups.used, groups.expert_of_tile, num_experts)
     order = jnp.argsort(owner, stable=True)
-    starts = jnp.searchsorted(owner[order], jnp.arange(num_experts + 1))
+    counts = (owner[:, None] == jnp.arange(num_experts)[None, :]).sum(axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(counts)
 
     def one(bounds):
         def add(step, total):
@@ -117,7 +130,7 @@ def outer(
         total = lax.fori_loop(0, steps, add, total).astype(left.dtype)
         return total.reshape(*left.shape[1:], -1)
 
-    return lax.map(one, (starts[:-1], starts[1:]))
+    return lax.map(one, (ends - counts, ends))
 
 
 def _forward(static: Static, rows, weights, bias, groups: Groups, swiglu: Callable | None):
@@ -172,7 +185,8 @@ def _plan(static: Static, weights: Any, *, back: bool, sums: int) -> _Plan:
     few = rows < 32
     chunk, depth = _UNIT, 2 if packed or static.interpret else 1
     if packed and not back:  # an odd number of blocks: rows of bytes fall into different banks
-        chunk, depth = BLOCK, 9 if few else 5
+        # In the interpreter few, so that the small axes of tests go round the ring.
+        chunk, depth = BLOCK, 3 if static.interpret else 9 if few else 5
     of_weights = warpgroups * sums * depth * chunk * _UNIT * (1 if packed else 4) // 2
     fitting = (96 if few else 184) * 1024 // (depth * chunk * rows * 2 + of_weights)
     return _Plan(
@@ -281,10 +295,10 @@ def _body(
 
     def one(i, _):
         tile, block = _divided(first + i, plan.blocks)
-        ring = _Ring(plan, scratch, i * plan.steps)
+        ring = _ring(plan, scratch, i * plan.steps)
         item = _Item(plan, tile, expert_of_tile[tile], block * plan.warpgroups)
-        copy = functools.partial(_copy, item, ring, (rows, *weights))
-        sums = _contract(plan, ring, warpgroup, copy)
+        copy = functools.partial(_copy, item, scratch, ring, (rows, *weights))
+        sums = _contract(plan, scratch, ring, warpgroup, copy)
 
         @pl.when(item.unit + warpgroup < plan.parts * plan.units)
         def _():
@@ -294,7 +308,7 @@ def _body(
 
     @pl.when((warpgroup == 0) & (stop > 0))
     def _():
-        _Ring(plan, scratch, stop * plan.steps).drain()
+        _ring(plan, scratch, stop * plan.steps).drain()
 
 
 class _Item(NamedTuple):
@@ -311,34 +325,14 @@ class _Item(NamedTuple):
         return self.expert * (plan.parts * plan.sums) + part + sum_, unit
 
 
-class _Ring(NamedTuple):
-    """The tiles of a step are copied, `ready`, used by every warpgroup, `free`."""
-
-    plan: _Plan
-    scratch: _Scratch
-    done: Array  # steps of earlier items
-
-    def slot(self, step) -> Array:
-        return lax.rem(self.done + step, jnp.int32(self.plan.stages))
-
-    def wait(self, step) -> Array:
-        slot = self.slot(step)
-        plgpu.barrier_wait(self.scratch.ready.at[slot])
-        return slot
-
-    def release(self, step) -> None:
-        plgpu.barrier_arrive(self.scratch.free.at[self.slot(step)])
-
-    def reuse(self, step) -> None:
-        plgpu.barrier_wait(self.scratch.free.at[self.slot(step)])
-
-    def drain(self) -> None:
-        """Wait until everything that was copied has been used."""
-        last = jnp.minimum(self.done, self.plan.stages)
-        lax.fori_loop(-last, jnp.int32(0), lambda step, _: self.reuse(step), None)
+def _ring(plan: _Plan, scratch: _Scratch, done: Array) -> hopper.Ring:
+    by_threads = plan.packed or plan.interpret  # who decode the bytes
+    return hopper.Ring(plan.stages, scratch.ready, scratch.free, by_threads, done)
 
 
-def _contract(plan: _Plan, ring: _Ring, warpgroup, copy: Callable) -> tuple[Array, ...]:
+def _contract(
+    plan: _Plan, scratch: _Scratch, ring: hopper.Ring, warpgroup, copy: Callable
+) -> tuple[Array, ...]:
     """The sums of a warpgroup over all steps. The first warpgroup copies for all of them."""
     ahead = min(plan.stages, plan.steps)
 
@@ -355,18 +349,17 @@ def _contract(plan: _Plan, ring: _Ring, warpgroup, copy: Callable) -> tuple[Arra
         # The step before is done, so its place can take the one `stages` later.
         later = step - 1 + plan.stages
         pl.when((warpgroup == 0) & (step > 0) & (later < plan.steps))(lambda: refill(later))
-        sums = _multiplied(plan, ring.scratch, slot, warpgroup, sums)
+        sums = _multiplied(plan, scratch, slot, warpgroup, sums)
         ring.release(step)
         return sums
 
-    zeros = jnp.zeros((_UNIT, plan.rows), jnp.float32)
-    zeros = zeros if plan.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+    zeros = hopper.filled(plan.interpret, 0.0, (_UNIT, plan.rows))
     return lax.fori_loop(jnp.int32(0), jnp.int32(plan.steps), meet, (zeros,) * plan.sums)
 
 
-def _copy(item: _Item, ring: _Ring, sources: tuple, step) -> None:
+def _copy(item: _Item, scratch: _Scratch, ring: hopper.Ring, sources: tuple, step) -> None:
     """The tiles of one step, of every warpgroup."""
-    plan, scratch, slot = item.plan, ring.scratch, ring.slot(step)
+    plan, slot = item.plan, ring.slot(step)
     rows, weights, *scales = sources
     part, step = _divided(step, plan.steps // rows.shape[1])
     deep = plan.depth * plan.chunk
@@ -401,83 +394,46 @@ def _part(index, size: int):
     return pl.ds(index * size, size)
 
 
-# How registers hold arrays, and how they are multiplied. The interpreter knows no layouts and no
-# product with a sum or an operand in registers: there arrays take the place of tiles, and all this
-# is plain jnp.
-
-
-def _tile(plan: _Plan, ref):
-    return ref[...] if plan.interpret else ref
-
-
-def _cut(plan: _Plan, tile, *index):
-    return tile[index] if plan.interpret else tile.at[index]
-
-
-def _transposed(plan: _Plan, tile):
-    return tile.T if plan.interpret else plgpu.transpose_ref(tile, (1, 0))
-
-
-def _vector(plan: _Plan, tile, *index) -> Array:
-    """64 numbers, each in the registers that hold its row of a matrix."""
-    if plan.interpret:
-        return tile[index]
-    return plgpu.load(tile, index, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
-
 def _multiplied(plan: _Plan, scratch: _Scratch, slot, warpgroup, sums) -> tuple[Array, ...]:
     """sums + W x^T of one step, all products of it in flight at once."""
-    rows = _tile(plan, scratch.rows.at[slot])
+    rows = scratch.rows.at[slot]
     chunks = [slice(i * plan.chunk, (i + 1) * plan.chunk) for i in range(plan.depth)]
 
-    def terms() -> Iterator[tuple[int, Any, Any]]:
+    def terms() -> Iterator[tuple[int, Any, hopper.Tile]]:
         for i in range(plan.sums):
             weights = _weights(plan, scratch, (slot, warpgroup, i), chunks)
             for here, chunk in zip(chunks, weights, strict=True):
-                yield i, chunk, _transposed(plan, _cut(plan, rows, slice(None), here))
+                yield i, chunk, hopper.Tile(rows.at[:, here], turned=True)
 
-    if plan.interpret:
-        totals = list(sums)
-        for i, weights, columns in terms():
-            totals[i] += jnp.dot(weights, columns, preferred_element_type=jnp.float32)
-        return tuple(totals)
-
-    def run(accumulators):
-        for i, weights, columns in terms():
-            plgpu.wgmma(accumulators[i], weights, columns)
-
-    start: Any = tuple(plgpu.WGMMAAccumulatorRef.init(total) for total in sums)
-    return pl.run_state(run)(start)
+    return hopper.add_products(plan.interpret, sums, terms)
 
 
 def _weights(plan: _Plan, scratch: _Scratch, at: tuple, chunks: list[slice]) -> Iterator:
     """Of each chunk of a step [64 chunk], the contraction last: a tile, or an array."""
-    tile, every = _tile(plan, scratch.weights.at[at]), slice(None)
+    tile = scratch.weights.at[at]
     if not plan.packed:
         for here in chunks:
-            part = _cut(plan, tile, *((here, every) if plan.back else (every, here)))
-            yield _transposed(plan, part) if plan.back else part
+            part = tile.at[here, :] if plan.back else tile.at[:, here]
+            yield hopper.Tile(part, turned=plan.back)
         return
-    scales = _tile(plan, scratch.scales.at[at])
+    scales = scratch.scales.at[at]
     for i, here in enumerate(chunks):
         if not plan.back:
-            bytes_ = _cut(plan, tile, every, slice(decoder.BYTES * i, decoder.BYTES * (i + 1)))
-            yield _decoded(plan, bytes_, _vector(plan, scales, i, every))
+            bytes_ = tile.at[:, decoder.BYTES * i : decoder.BYTES * (i + 1)]
+            yield _decoded(plan, bytes_, hopper.vector(plan.interpret, scales.at[i, :], 0))
             continue
-        factors = [_vector(plan, scales, block, here) for block in range(2)]
-        array = _decoded(plan, _cut(plan, tile, here, every), *factors)
-        if not plan.interpret:
-            decoded = scratch.decoded.at[at[1], i]
-            decoded[...] = array
-            plgpu.commit_smem()
-        yield _transposed(plan, array if plan.interpret else decoded)
+        factors = [hopper.vector(plan.interpret, scales.at[block, here], 0) for block in range(2)]
+        decoded = scratch.decoded.at[at[1], i]
+        decoded[...] = _decoded(plan, tile.at[here, :], *factors)
+        plgpu.commit_smem()
+        yield hopper.Tile(decoded, turned=True)
 
 
 def _decoded(plan: _Plan, tile, *scales: Array) -> Array:
     """A row of blocks from bytes [64 blocks*16] and the scales [64] of each."""
-    if plan.interpret:
-        return decoder.decode_slowly(tile, jnp.stack(scales, axis=1))
-    bytes_ = plgpu.load(tile, (), layout=plgpu.Layout.WGMMA_8BIT, optimized=False)
+    bytes_ = hopper.load(plan.interpret, tile, plgpu.Layout.WGMMA_8BIT)
+    if plan.interpret:  # it runs no code of registers
+        return decoder.decode_slowly(bytes_, jnp.stack(scales, axis=1))
     return decoder.decode(bytes_, *scales)
 
 
@@ -485,15 +441,11 @@ def _store(item: _Item, warpgroup, sums, bias, out, swiglu: Callable | None) -> 
     plan = item.plan
     if bias is not None:
         places = [item.place(warpgroup, i) for i in range(plan.sums)]
-        biases = (_vector(plan, bias, part, _part(unit, _UNIT)) for part, unit in places)
-        biases = (lax.broadcast_in_dim(b.astype(jnp.float32), sums[0].shape, (0,)) for b in biases)
+        here = (bias.at[part, _part(unit, _UNIT)] for part, unit in places)
+        biases = (hopper.vector(plan.interpret, b, 0).astype(jnp.float32) for b in here)
+        biases = (lax.broadcast_in_dim(b, sums[0].shape, (0,)) for b in biases)
         sums = [total + b for total, b in zip(sums, biases, strict=True)]
     value = swiglu(*sums) if swiglu else sums[0]
-    value = value.astype(out.dtype)
     part, unit = _divided(item.unit + warpgroup, plan.units)
     here = out.at[_part(item.tile, plan.rows), part, _part(unit, _UNIT)]
-    if plan.interpret:
-        here[...] = value.T
-        return
-    turned = plgpu.transpose_ref(here, (1, 0))
-    turned[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+    hopper.store_transposed(plan.interpret, here, value.astype(out.dtype))

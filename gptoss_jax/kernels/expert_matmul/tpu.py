@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax import compat
 from gptoss_jax.kernels.expert_matmul.grouped import Groups, Static, Tiles, few_pairs
 from gptoss_jax.kernels.expert_matmul.reference import clamped_swiglu
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
@@ -321,7 +322,7 @@ def _run(kernel, static: Static, name: str, grid_spec, out_shape) -> Callable[..
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=pltpu.InterpretParams(detect_races=True) if static.interpret else False,
+        interpret=compat.mosaic_tpu_interpreter() if static.interpret else False,
         name=name,
     )
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from gptoss_jax.device import interpreting
+from gptoss_jax.device import interpreting, target
 from gptoss_jax.kernels.dispatch import Choice, Implementation, Op, tuned
 from gptoss_jax.kernels.sink_attention import flash
 from gptoss_jax.kernels.sink_attention.context import Context, attend_across
@@ -81,7 +81,7 @@ def sink_attention(
     problem = Problem(B, T, S, N, K, H, str(q.dtype), window, q_segments is not None)
     places = flash.Places(q_positions, k_positions, q_segments, k_segments)
     choice, tiles = choose(problem, implementation)
-    return run(choice.module, problem, tiles, interpreting(), context, q, k, v, sinks, places)
+    return run(static_of(choice.module, problem, tiles), problem, context, q, k, v, sinks, places)
 
 
 def choose(problem: Problem, implementation: str | None = None) -> tuple[Choice, flash.Tiles]:
@@ -109,13 +109,18 @@ def _check(q, k, v, q_segments, k_segments, window) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def run(module, problem: Problem, tiles, interpret: bool, context, q, k, v, sinks, places):
+def static_of(module: Any, problem: Problem, tiles: flash.Tiles) -> flash.Static:
+    """All that selects code, on the current target: nothing below asks for that again."""
+    scale = problem.H**-0.5
+    return flash.Static(module, problem.window, scale, tiles, interpreting(), target().kind)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run(static: flash.Static, problem: Problem, context: Context | None, q, k, v, sinks, places):
     """The op with every choice made. Lays out rows as flash.py wants them; traced once for all
     layers of one shape."""
-    static = flash.Static(module, problem.window, problem.H**-0.5, tiles, interpret)
     attend = functools.partial(attend_across, context) if context else flash.attend
-    if not problem.few_tokens or not module.FOLDS:
+    if not problem.few_tokens or not static.kernels.FOLDS:
         return attend(static, q, k, v, sinks[:, None], places)
     B, T, N, K, H = problem.B, problem.T, problem.N, problem.K, problem.H
     groups = N // K
@@ -141,8 +146,8 @@ def _compile(module: Any, problem: Problem) -> None:
         return jnp.zeros((B, T, N, H), dtype), kv, kv, jnp.zeros(N, dtype), places
 
     def total(q, k, v, sinks, places):
-        tiles = module.tiles(problem)
-        return run(module, problem, tiles, False, None, q, k, v, sinks, places).sum()
+        static = static_of(module, problem, module.tiles(problem))
+        return run(static, problem, None, q, k, v, sinks, places).sum()
 
     wanted = total if problem.few_tokens else jax.grad(total, argnums=(0, 1, 2, 3))
     jax.jit(wanted).lower(*jax.eval_shape(inputs)).compile()
@@ -152,8 +157,8 @@ _HERE = "gptoss_jax.kernels.sink_attention"
 OP = Op(
     "sink_attention",
     (
-        Implementation("mosaic_tpu", f"{_HERE}.tpu", "tpu", ("TPU v5", "TPU v6")),
-        Implementation("mosaic_gpu", f"{_HERE}.gpu", "gpu", ("NVIDIA H100", "NVIDIA H200")),
+        Implementation("mosaic_tpu", f"{_HERE}.tpu", "tpu"),
+        Implementation("mosaic_gpu", f"{_HERE}.gpu", "gpu"),
         Implementation("xla", f"{_HERE}.reference", None),
     ),
     _compile,

@@ -69,6 +69,7 @@ class Static(NamedTuple):
     scale: float
     tiles: Tiles
     interpret: bool = False  # run kernels on CPU, in their interpreters
+    kind: str = ""  # of device: as jax names it
 
 
 class Kernels(Protocol):

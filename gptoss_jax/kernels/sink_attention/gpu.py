@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax import compat
 from gptoss_jax.device import interpreting
-from gptoss_jax.kernels.sink_attention import gpu_registers as registers
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.sink_attention.flash import NOTHING, Places, Ranges, Static, Tiles
 
 TAKES_SINKS = False
@@ -44,6 +44,12 @@ def why_not(problem, kind: str) -> list[str]:
         reasons.append(f"registers hold H up to {_MAX_LANES}, got {problem.H}; use 'xla'")
     if not interpreting() and not kind.startswith(("NVIDIA H", "NVIDIA GH")):
         reasons.append(f"written for Hopper (H100, H200, GH200), the device is {kind}; use 'xla'")
+    largest = max(problem.T * problem.N, 0 if problem.few_tokens else problem.S * problem.K)
+    if problem.B * largest * problem.H > hopper.MOST_ELEMENTS:
+        reasons.append(
+            f"B={problem.B}, T={problem.T}, S={problem.S} give an array of more than 2^31 numbers, "
+            "and offsets have 32 bits; give fewer rows at a time, or use 'xla'"
+        )
     return reasons
 
 
@@ -134,7 +140,7 @@ class _Plan(NamedTuple):
 def _plan(static: Static, ranges: Ranges, mine: int, other: int, step: int, q, k) -> _Plan:
     """For queries in place; blocks have `mine` and `other` rows."""
     if not {mine, other} <= {_ROWS, 2 * _ROWS}:
-        raise ValueError(f"tiles: expected 64 or 128 rows and keys, got {static.tiles}; run --tune")
+        raise ValueError(f"tiles: expected 64 or 128 rows and keys, got {static.tiles}")
     items = (*ranges.first.shape, q.shape[2])
     fitting = _RING_BYTES // (2 * step * q.shape[-1] * q.dtype.itemsize)
     return _Plan(
@@ -208,23 +214,25 @@ def _forward(plan, q_places, k_places, ranges, q, k, v, out, lse, mine, ring, ba
         def meet(step, other, sums, *, masked: bool):
             seen = _seen(plan, rows, k_places, item.batch, other) if masked else None
             keys, values = ring.wait(step)
-            (logits,) = registers.products(plan.interpret, (mine[0].at[warpgroup], keys))
+            queries = hopper.Tile(mine[0].at[warpgroup])
+            (logits,) = hopper.products(plan.interpret, (queries, hopper.Tile(keys, turned=True)))
             weights, peak, total, sums = _softmax(plan, logits, seen, *sums)
-            (sums,) = registers.add_products(
-                plan.interpret, (sums, weights.astype(q.dtype), values)
-            )
+            terms = ((0, weights.astype(q.dtype), hopper.Tile(values)),)
+            (sums,) = hopper.add_products(plan.interpret, (sums,), lambda: terms)
             ring.release(step)
             return peak, total, sums
 
         # A total of one at a peak that any key outweighs, so that nothing is divided by zero.
         peak, total = (
-            registers.filled(plan.interpret, value, (_ROWS,)) for value in (2 * NOTHING, 1.0)
+            hopper.filled(plan.interpret, value, (_ROWS,)) for value in (2 * NOTHING, 1.0)
         )
-        begin = (peak, total, registers.filled(plan.interpret, 0.0, (_ROWS, q.shape[-1])))
+        begin = (peak, total, hopper.filled(plan.interpret, 0.0, (_ROWS, q.shape[-1])))
         peak, total, sums = _walk(item.walk, meet, begin)
         sums *= lax.broadcast_in_dim(1.0 / total, sums.shape, (0,))
-        out[item.split, item.batch, tile, :, item.head, :] = sums.astype(out.dtype)
-        lse[item.split, item.batch, item.head, tile, :] = peak / _LOG2_E + jnp.log(total)
+        here = out.at[item.split, item.batch, tile, :, item.head, :]
+        hopper.store(plan.interpret, here, sums.astype(out.dtype))
+        here = lse.at[item.split, item.batch, item.head, tile, :]
+        hopper.store(plan.interpret, here, peak / _LOG2_E + jnp.log(total))
 
     _run(plan, ranges, compute, ((q,), (k, v)), mine, ring, barriers)
 
@@ -258,7 +266,8 @@ def _backward(plan, q_places, k_places, ranges, q, k, v, dout, lse, delta, *rest
 
         def known(head: Array, tile: Array) -> list[Array]:
             at = (item.batch, head, tile)
-            return [registers.vector(plan.interpret, x, at, plan.query_axis) for x in (lse, delta)]
+            stats = (x.at[at] for x in (lse, delta))
+            return [hopper.vector(plan.interpret, x, plan.query_axis) for x in stats]
 
         mine_known = known(item.head, tile) if rows_are_mine else []
 
@@ -267,22 +276,29 @@ def _backward(plan, q_places, k_places, ranges, q, k, v, dout, lse, delta, *rest
             lse_delta = mine_known or known(item.head * plan.heads + head, other)
             step = step + head * item.walk.total
             theirs = ring.wait(step)
-            pairs = zip((buffer.at[warpgroup] for buffer in mine), theirs, strict=True)
-            logits, dweights = registers.products(plan.interpret, *pairs)
+            pairs = [
+                (hopper.Tile(buffer.at[warpgroup]), hopper.Tile(tile, turned=True))
+                for buffer, tile in zip(mine, theirs, strict=True)
+            ]
+            logits, dweights = hopper.products(plan.interpret, *pairs)
             factors = _slopes(plan, logits, dweights, seen, *lse_delta)
-            factors = [x.astype(q.dtype) for x in factors]
-            sums = registers.add_products(plan.interpret, *zip(sums, factors, theirs, strict=False))
+            terms = [
+                (i, factor.astype(q.dtype), hopper.Tile(tile))
+                for i, factor, tile in zip(range(len(sums)), factors, theirs, strict=False)
+            ]
+            sums = hopper.add_products(plan.interpret, sums, lambda: terms)
             ring.release(step)
             return sums
 
         def one(head, sums):
             return _walk(item.walk, functools.partial(meet, head=head), sums)
 
-        zeros = registers.filled(plan.interpret, 0.0, (_ROWS, q.shape[-1]))
+        zeros = hopper.filled(plan.interpret, 0.0, (_ROWS, q.shape[-1]))
         sums = lax.fori_loop(0, plan.heads, one, (zeros,) * len(gradients))
         sums = (sums[0] * plan.scale, *sums[1:])
         for gradient, total in zip(gradients, sums, strict=True):
-            gradient[item.batch, tile, :, item.head, :] = total.astype(gradient.dtype)
+            here = gradient.at[item.batch, tile, :, item.head, :]
+            hopper.store(plan.interpret, here, total.astype(gradient.dtype))
 
     sources = ((q, dout), (k, v)) if rows_are_mine else ((k, v), (q, dout))
     _run(plan, ranges, compute, sources, mine, ring, barriers)
@@ -356,16 +372,19 @@ def _run(plan: _Plan, ranges, compute: Callable, sources, mine, buffers, barrier
     """
     warpgroup = lax.axis_index("warpgroup")
 
+    def ring(done) -> _Ring:
+        slots = hopper.Ring(plan.stages, barriers.ready, barriers.free, plan.interpret, done)
+        return _Ring(slots, buffers)
+
     def for_each_item(work: Callable) -> _Ring:
         first = lax.axis_index("program") * plan.rounds
 
         def one(i, done):
             item = _item(plan, ranges, first + i)
-            work(i, item, _Ring(plan.stages, buffers, barriers, done))
+            work(i, item, ring(done))
             return done + item.walk.total * plan.heads
 
-        done = lax.fori_loop(jnp.int32(0), jnp.int32(plan.rounds), one, jnp.int32(0))
-        return _Ring(plan.stages, buffers, barriers, done)
+        return ring(lax.fori_loop(jnp.int32(0), jnp.int32(plan.rounds), one, jnp.int32(0)))
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
@@ -375,7 +394,7 @@ def _run(plan: _Plan, ranges, compute: Callable, sources, mine, buffers, barrier
         def work(i, item, ring):
             plgpu.barrier_wait(barriers.arrived)
             compute(item, warpgroup, ring)
-            plgpu.barrier_arrive(barriers.left)
+            hopper.arrive(barriers.left, by_threads=plan.interpret)
 
         for_each_item(work)
 
@@ -386,56 +405,44 @@ def _run(plan: _Plan, ranges, compute: Callable, sources, mine, buffers, barrier
 
         def work(i, item, ring):
             pl.when(i > 0)(lambda: plgpu.barrier_wait(barriers.left))
-            _copy(plan, item, sources, mine, ring)
+            _copy(plan, item, sources, mine, barriers.arrived, ring)
 
-        for_each_item(work).drain()
+        for_each_item(work).slots.drain()
         plgpu.barrier_wait(barriers.left)
 
 
 class _Ring(NamedTuple):
-    """The tiles of a step are copied, `ready`, used by every computing warpgroup, `free`."""
+    """The tiles of a step, in a slot of each buffer."""
 
-    stages: int
+    slots: hopper.Ring
     buffers: tuple
-    barriers: _Barriers
-    done: Array  # steps of earlier items
-
-    def slot(self, step: Array) -> Array:
-        return lax.rem(self.done + step, jnp.int32(self.stages))
 
     def wait(self, step: Array) -> list:
-        plgpu.barrier_wait(self.barriers.ready.at[self.slot(step)])
-        return [buffer.at[self.slot(step)] for buffer in self.buffers]
+        slot = self.slots.wait(step)
+        return [buffer.at[slot] for buffer in self.buffers]
 
     def release(self, step: Array) -> None:
-        plgpu.barrier_arrive(self.barriers.free.at[self.slot(step)])
-
-    def reuse(self, step: Array) -> None:
-        plgpu.barrier_wait(self.barriers.free.at[self.slot(step)])
-
-    def drain(self) -> None:
-        """Wait until everything that was copied has been used."""
-        last = jnp.minimum(self.done, self.stages)
-        lax.fori_loop(-last, jnp.int32(0), lambda step, _: self.reuse(step), None)
+        self.slots.release(step)
 
 
-def _copy(plan: _Plan, item: _Item, sources, mine, ring: _Ring) -> None:
+def _copy(plan: _Plan, item: _Item, sources, mine, arrived, ring: _Ring) -> None:
     """The work of the last warpgroup, for one item."""
     for source, buffer in zip(sources[0], mine, strict=True):
         for i in range(plan.warpgroups):
             start = (item.block * plan.warpgroups + i) * _ROWS
             part = source.at[item.batch, pl.ds(start, _ROWS), item.head]
-            plgpu.copy_gmem_to_smem(part, buffer.at[i], ring.barriers.arrived)
+            plgpu.copy_gmem_to_smem(part, buffer.at[i], arrived)
+    slots = ring.slots
     first_head = lax.div(item.head * plan.heads, jnp.int32(plan.sharing))
 
     def one(step, _):
-        pl.when(ring.done + step >= plan.stages)(lambda: ring.reuse(step))
+        pl.when(slots.done + step >= plan.stages)(lambda: slots.reuse(step))
         head = lax.div(step, item.walk.total) if plan.heads > 1 else jnp.int32(0)
         start = item.walk.at(step - head * item.walk.total) * plan.step
-        slot = ring.slot(step)
+        slot = slots.slot(step)
         for source, buffer in zip(sources[1], ring.buffers, strict=True):
             part = source.at[item.batch, pl.ds(start, plan.step), first_head + head]
-            plgpu.copy_gmem_to_smem(part, buffer.at[slot], ring.barriers.ready.at[slot])
+            plgpu.copy_gmem_to_smem(part, buffer.at[slot], slots.ready.at[slot])
 
     lax.fori_loop(jnp.int32(0), item.walk.total * plan.heads, one, None)
 
@@ -461,6 +468,6 @@ def _seen(plan: _Plan, rows: list[Array], places, batch: Array, tile: Array) -> 
 def _vectors(plan: _Plan, places, batch: Array, tile: Array, axis: int) -> list[Array]:
     """Positions, and segments if there are any, of a tile that runs along `axis` of the logits."""
     return [
-        registers.vector(plan.interpret, places, (batch, field, tile), axis)
+        hopper.vector(plan.interpret, places.at[batch, field, tile], axis)
         for field in range(places.shape[1])
     ]

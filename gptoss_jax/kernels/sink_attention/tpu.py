@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from gptoss_jax.device import target
+from gptoss_jax import compat
 from gptoss_jax.kernels.sink_attention.flash import NOTHING, Places, Ranges, Static, Tiles, sees
 
 FOLDS = True
@@ -201,7 +201,7 @@ def backward(
 def _heads(static: Static, q: Array, k: Array) -> Heads:
     rows = static.tiles.rows
     alone = q.shape[0] == 1 and q.shape[1] == rows  # only heads are left to share between cores
-    blocks = 2 if alone and target().kind in TWO_CORES else 1
+    blocks = 2 if alone and static.kind in TWO_CORES else 1
     return Heads.of(q.shape[2], k.shape[2], q.shape[3], rows, blocks)
 
 
@@ -237,8 +237,7 @@ def _call(
     }
     steps = jnp.maximum((ranges.end - ranges.first).max(), 1)
     pairs = list(zip(inputs, _KINDS, strict=True))
-    # The interpreter raises on reads out of bounds; memory that nobody wrote holds NaN.
-    interpret = pltpu.InterpretParams(detect_races=True) if static.interpret else False
+    interpret = compat.mosaic_tpu_interpreter() if static.interpret else False
     run = pl.pallas_call(
         functools.partial(kernel, static, heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
