@@ -181,10 +181,11 @@ class _Sorted(NamedTuple):
 def _sort(ids: Int[Array, "R A"], num_experts: int, total_experts: int | None) -> _Sorted:
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    starts = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1))
+    counts = (flat[:, None] == jnp.arange(num_experts)[None, :]).sum(axis=0, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts)])
     num_tokens, num_active = ids.shape
     tile = _tile(num_tokens, num_active, total_experts or num_experts)
-    return _Sorted(order, starts.astype(jnp.int32), tile, total_experts is not None)
+    return _Sorted(order, starts, tile, total_experts is not None)
 
 
 def _tile(num_tokens: int, num_active: int, num_experts: int) -> int:
