@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from launches import assert_holds
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.device import compiling_for
@@ -15,6 +16,8 @@ from gptoss_jax.mxfp4 import Mxfp4
 pytestmark = pytest.mark.aot
 MIB = 1 << 20
 OPTIONS = {"alpha": 1.702, "limit": 7.0}
+FORWARD = {"tpu": ("expert_hidden", "expert_product"), "gpu": ("expert_product",)}
+BACK = {"tpu": ("expert_back",), "gpu": ("expert_product_back",)}
 
 
 def arguments(compile_for, name: str, R: int, *, packed: bool = True, mesh=(1, 1)):
@@ -51,12 +54,13 @@ experts = functools.partial(expert_mlp, **OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["20b", "120b"])
-@pytest.mark.parametrize(("R", "limit"), [(1, 8), (32, 64), (4096, 1200)])
+@pytest.mark.parametrize(("R", "limit"), [(1, 8), (32, 64), (1024, 400), (4096, 1200)])
 def test_packed_experts(compile_for, name, R, limit):
     compiled = compile_for(experts, *arguments(compile_for, name, R))
 
     dequantised = 3 * 2880 * 2880 * 2 * ModelConfig.preset(name).num_experts
     assert temporaries(compiled) < limit * MIB < dequantised
+    assert_holds(compiled, *FORWARD[compile_for.platform])
 
 
 @pytest.mark.parametrize(("name", "mesh"), [("20b", (8, 1)), ("120b", (8, 2))])
@@ -68,6 +72,7 @@ def test_packed_experts_divided_among_devices(compile_for, name, mesh, R):
     compiled = compile_for(divided, *arguments(compile_for, name, R, mesh=mesh))
 
     assert temporaries(compiled) < (8 if R == 1 else 200) * MIB
+    assert_holds(compiled, *FORWARD[compile_for.platform])
 
 
 @pytest.mark.parametrize("R", [1, 4096])
@@ -75,6 +80,7 @@ def test_plain_experts(compile_for, R):
     compiled = compile_for(experts, *arguments(compile_for, "20b", R, packed=False))
 
     assert temporaries(compiled) < 1200 * MIB
+    assert_holds(compiled, *FORWARD[compile_for.platform])
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
@@ -95,3 +101,4 @@ def test_gradients(compile_for, packed):
 
     dequantised = 3 * 2880 * 2880 * 2 * 32
     assert temporaries(compiled) < (1200 * MIB if packed else 4 * dequantised)
+    assert_holds(compiled, *BACK[compile_for.platform])

@@ -73,6 +73,8 @@ everywhere = pytest.mark.parametrize(
         ("float32", "xla"),
         pytest.param("float32", "mosaic_tpu", marks=pytest.mark.interpreter),
         pytest.param("bfloat16", "mosaic_gpu", marks=pytest.mark.interpreter),
+        pytest.param("bfloat16", "mosaic_gpu", marks=pytest.mark.gpu, id="on a GPU"),
+        pytest.param("bfloat16", "mosaic_tpu", marks=pytest.mark.tpu, id="on a TPU"),
     ],
 )
 

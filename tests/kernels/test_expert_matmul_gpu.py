@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from experts_oracle import decoded
 
 from gptoss_jax.kernels.expert_matmul import gpu, gpu_decoder
 from gptoss_jax.kernels.expert_matmul.api import Problem
-from gptoss_jax.kernels.expert_matmul.grouped import Groups, Static, Tiles
+from gptoss_jax.kernels.expert_matmul.grouped import Groups, Static, Tiles, group, take_rows
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4, unpack
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -87,6 +88,29 @@ def test_what_threads_hold_is_the_decoded_matrix(blocks):
     assert (got == np.asarray(gpu_decoder.interleaved(values))).all()
     slowly = gpu_decoder.decode_slowly(jnp.asarray(bytes_), jnp.asarray(scales))
     assert (got == np.asarray(slowly.astype(jnp.float32))).all()
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize(
+    "interpret", [True, pytest.param(False, marks=pytest.mark.gpu)], ids=["interpreter", "GPU"]
+)
+def test_every_scale_byte(interpret, rows):
+    """Row r is one at input r alone; each output has a scale of its own."""
+    blocks = np.random.default_rng(7).integers(0, 256, (1, 1, 256, 1, 16), np.uint8)
+    scales = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1)
+    packed = Mxfp4(jnp.asarray(blocks), jnp.asarray(scales)).arranged(gpu.ORDER)
+    groups = group(jnp.zeros((32, 1), jnp.int32), 1, rows)
+    x_rows = take_rows(jnp.eye(32, dtype="bfloat16"), groups)
+    static = Static(gpu, 1.702, 7.0, Tiles(rows, 64), interpret)
+
+    y = gpu.product(static, x_rows, packed, jnp.zeros((1, 1, 256), "bfloat16"), groups)
+
+    got = np.asarray(y)[groups.row_of_pair, 0].T  # [outputs, inputs]
+    with np.errstate(over="ignore"):  # 6 * 2^127 is infinite
+        expected = decoded(blocks, scales)[0, 0].astype(np.float32)
+    assert np.isnan(got[255]).all()  # 253 and 254 mean some infinities, NaN times zero
+    assert (got[2:253] == expected[2:253]).all()
+    assert (np.abs(got[:2]) <= np.abs(expected[:2])).all()  # sums flush what is subnormal
 
 
 def test_outer_takes_tiles_in_any_order_and_never_looks_at_idle_ones():
