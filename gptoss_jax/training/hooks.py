@@ -270,6 +270,8 @@ class ProfilerTrace(Hook):
     def on_start(self, run: Run) -> None:
         if run.folder is None:
             raise ValueError("profiler: expected an output folder for its traces, got none")
+        # Programs out of a compilation cache would have the names of the code that filled it.
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
         self._begin(run)
 
     def on_step(self, run: Run) -> None:

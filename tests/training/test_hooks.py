@@ -223,6 +223,9 @@ def test_a_profile(run, monkeypatch, tmp_path):
 
     folder = str(tmp_path / "profile")
     assert seen == [(0, folder), 2, (2, folder), 4]
+    key_with_names = "jax_compilation_cache_include_metadata_in_key"
+    assert getattr(jax.config, key_with_names)  # or a trace may speak of older code
+    jax.config.update(key_with_names, False)
 
 
 def test_metrics_of_a_run_that_was_taken_up_again(run, tmp_path):
