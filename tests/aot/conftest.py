@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles for hardware that is not here, with the real compilers. Nothing can be run.
 
-TPU: needs `libtpu`. GPU: needs `jax[cuda13]`, or of it the three packages that `.ci/run` installs; best
-in an environment of their own, where nothing else asks for a GPU.
+TPU: needs `libtpu`. GPU: needs `jax[cuda13]`, or of it the three packages that `.ci/run` installs;
+best in an environment of their own, where nothing else asks for a GPU.
 """
 
 import functools
