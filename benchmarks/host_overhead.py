@@ -37,7 +37,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gptoss_jax.benchmarking.machine import describe_machine
 from gptoss_jax.config import ModelConfig, RopeConfig
-from gptoss_jax.inference.decode import Decoder, Run
+from gptoss_jax.inference.decode import SMALLEST_ROOM, Decoder, Run
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.transformer import Transformer
 
@@ -197,7 +197,9 @@ def step_by_step(run: Run) -> tuple[float, list[float]]:
 
 def jitted_call(run: Run) -> None:
     """`Run.advance(1)` without our Python and without the transfer."""
-    run._state, news = run._advance(run._weights, run._state, run._request, 1, run._steps)
+    run._state, news = run._advance(
+        run._weights, run._state, run._request, np.int32(1), run._steps, SMALLEST_ROOM
+    )
     news.block_until_ready()
 
 

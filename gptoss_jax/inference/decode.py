@@ -30,6 +30,7 @@ from gptoss_jax.shapes import Array
 
 PREFILL_LENGTHS = (16, 32, 64, 128, 256, 512, 768, 1024)  # longer prompts go in pieces of the last
 SMALLEST_CAPACITY = 256
+SMALLEST_ROOM = 32  # new tokens that a compiled dispatch has room for; larger ones by powers of two
 ADVISED = Sampling()
 
 
@@ -146,16 +147,19 @@ class Run:
         self._advance = advance_program(decoder.structure, state_tree, request_tree)
 
     def advance(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `num_tokens` more tokens in one dispatch.
+        """Up to `num_tokens` more tokens in one dispatch; all numbers up to 32 share a program.
 
         Returns ids and log-probabilities, both `[rows, num_tokens]`; -1 where a row had ended.
         """
+        room = max(SMALLEST_ROOM, power_of_two(num_tokens))
+        count = np.int32(num_tokens)  # an argument and not a constant: no program for each number
         self._state, news = self._advance(
-            self._weights, self._state, self._request, num_tokens, self._steps
+            self._weights, self._state, self._request, count, self._steps, room
         )
-        tokens, logprobs, done = np.asarray(news)  # the only transfer of a call
+        tokens, bits, done = np.asarray(news)  # the only transfer of a call
         self.done = not np.any(done == 0)
-        return tokens[: self._rows], logprobs.view(np.float32)[: self._rows]
+        new = slice(self._rows), slice(num_tokens)
+        return tokens[new], bits.view(np.float32)[new]
 
 
 def _chunks(prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> Iterator[tuple]:
@@ -235,7 +239,7 @@ def stream(
     ends = frozenset(stop)
     made = [0] * rows
     yield _pieces(first[:, None], logprobs[:, None], made, limits, ends)
-    num_tokens = tokens_per_dispatch or max(16, power_of_two(max(limits) - 1))
+    num_tokens = tokens_per_dispatch or max(limits) - 1  # the first came with the prompt
     while not run.done:
         yield _pieces(*run.advance(num_tokens), made, limits, ends)
 

@@ -137,7 +137,7 @@ def prefill_program(structure: Structure):
 def advance_program(structure: Structure, state_tree, request_tree):
     """Jitted decode loop, on the leaves of the weights, of the state and of the request."""
 
-    def loop(num_tokens, steps, leaves, state, request):
+    def loop(steps, room, leaves, state, request, num_tokens):
         model = model_of(structure.graph, structure.tree, leaves)
 
         def unfinished(carry):
@@ -152,26 +152,30 @@ def advance_program(structure: Structure, state_tree, request_tree):
             logprobs = logprobs.at[:, index].set(new_logprobs)
             return index + 1, _busy(state), state, tokens, logprobs
 
-        shape = (state.tokens.shape[0], num_tokens)
+        shape = (state.tokens.shape[0], room)
         start = jnp.zeros((), jnp.int32)
         empty = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
         carry = (start, _busy(state), state, *empty)
         _, _, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, carry)
         return state, _news(tokens, logprobs, state.done)
 
-    @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(1,))
-    def advance(leaves, state, request, num_tokens, steps):
-        """Step until `num_tokens` are written or every row is done."""
+    @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=(1,))
+    def advance(leaves, state, request, num_tokens, steps, room):
+        """Step until `num_tokens` are written or every row is done.
+
+        The news has columns for `room` tokens, -1 after the last. Only these are compiled for:
+        one program serves every smaller number.
+        """
         state = jax.tree.unflatten(state_tree, state)
         request = jax.tree.unflatten(request_tree, request)
         state_specs = structure.state(state)
         program = spread(
             structure.placement,
-            functools.partial(loop, num_tokens, steps),
-            (structure.weights, state_specs, structure.request(request)),
+            functools.partial(loop, steps, room),
+            (structure.weights, state_specs, structure.request(request), structure.spec()),
             (state_specs, structure.spec()),
         )
-        state, news = program(leaves, state, request)
+        state, news = program(leaves, state, request, num_tokens)
         return jax.tree.leaves(state), news
 
     return advance

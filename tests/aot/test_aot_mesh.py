@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.device import compiling_for
+from gptoss_jax.inference.decode import SMALLEST_ROOM
 from gptoss_jax.inference.programs import (
     DecodeState,
     Request,
@@ -107,7 +108,9 @@ def decode_on(here: Slice, *, batch: int, capacity: int):
     (state, state_tree), (request, request_tree) = map(jax.tree.flatten, (state, request))
     with compiling_for("tpu", here.kind):
         program = advance_program(here.structure, state_tree, request_tree)
-        return program.lower(here.leaves, state, request, 8, Steps.needed(GREEDY)).compile()
+        count = placed(here.structure, here.structure.spec(), jax.ShapeDtypeStruct((), jnp.int32))
+        steps = Steps.needed(GREEDY)
+        return program.lower(here.leaves, state, request, count, steps, SMALLEST_ROOM).compile()
 
 
 def prefill_on(here: Slice, *, tokens: int, capacity: int):

@@ -279,6 +279,26 @@ def test_nothing_is_compiled_again_for_prompts_of_the_same_bucket(model, decoder
     assert run(Decoder(model), [2, 2, 2, 2], other, 17, ()) == before
 
 
+def test_dispatches_of_all_sizes_share_one_program(decoder):
+    prompts = prompts_of([5, 2, 9, 1], seed=6)
+    hows, limits = [EVERYTHING, GREEDY, GREEDY, GREEDY], [40, 40, 7, 40]
+
+    def start():
+        return decoder.start(prompts, sampling=hows, limits=limits, stop=())[0]
+
+    whole, run = start(), start()
+    expected = whole.advance(32)
+    programs = whole._advance._cache_size()
+    sizes = [1, 3, 8, 20]
+    pieces = [run.advance(size) for size in sizes]
+
+    assert run._advance._cache_size() == programs
+    assert [tokens.shape for tokens, _ in pieces] == [(4, size) for size in sizes]
+    for piece, wanted in zip(zip(*pieces, strict=True), expected, strict=True):
+        assert np.concatenate(piece, axis=1).tobytes() == wanted.tobytes()
+    assert (expected[0] >= 0).sum(axis=1).tolist() == [32, 32, 6, 32]
+
+
 def test_one_seed_one_text(decoder):
     prompts = prompts_of([4, 4, 11, 16], seed=4)
     hows = [dataclasses.replace(EVERYTHING, seed=seed) for seed in (0, 1, 2, 3)]

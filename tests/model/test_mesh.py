@@ -98,6 +98,21 @@ def test_logits_and_tokens_are_those_of_one_device(sharded_config, sizes):
 
 
 @pytest.mark.mesh
+@pytest.mark.parametrize("sizes", [MESHES[1], MESHES[4]], ids=name)
+def test_dispatches_of_all_sizes_share_one_program(sharded_config, sizes):
+    decoder = Decoder(place(model_of(sharded_config), make_mesh(**sizes)))
+    how = {"sampling": [Sampling(temperature=0.0)] * 3, "limits": [12] * 3, "stop": ()}
+    run, first, _ = decoder.start(prompts_of(sharded_config), **how)
+
+    pieces = [first[:, None], run.advance(1)[0]]
+    programs = run._advance._cache_size()
+    pieces += [run.advance(3)[0], run.advance(7)[0]]
+
+    assert run.done and run._advance._cache_size() == programs
+    assert np.concatenate(pieces, axis=1).tolist() == greedy_of(sharded_config)
+
+
+@pytest.mark.mesh
 @pytest.mark.parametrize("sizes", [MESHES[1], MESHES[3], MESHES[5]], ids=name)
 def test_plain_experts_and_explicit_axes(sharded_config, sizes):
     mesh = make_mesh(**sizes, explicit=True)
