@@ -182,7 +182,8 @@ def chat(
     are `FunctionTool`s or OpenAI's dictionaries. `date` is what the model takes for today.
     `max_new_tokens` counts the reasoning too; None is what is left of ROOM.
     One `seed` gives one reply. `sampling` are more fields of `Sampling`, e.g. `top_p=0.9`.
-    Raises ValueError if something is out of range, or a prompt leaves no room in the context.
+    Raises ValueError if something is out of range, or a prompt leaves no room in the context, and
+    FloatingPointError (inference/finite.py) if the model's logits are NaN or infinite.
     """
     return stream_chat(
         model,

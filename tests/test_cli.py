@@ -486,6 +486,21 @@ def test_what_goes_wrong_inside(gptoss, monkeypatch, error, status, expected):
     assert gptoss("chat", "Hi") == (status, "", expected)
 
 
+@pytest.mark.parametrize("arguments", [("chat", "Hi"), ("generate", "Hi")], ids=str)
+def test_a_model_of_nan_is_one_line(gptoss, folder, tmp_path, arguments):
+    name, text = arguments
+    model = gj.load(folder)
+    model.final_norm.scale.set_value(model.final_norm.scale[...] * np.float32("nan"))
+    gj.export(model, tmp_path)
+    Tokenizer.compact().save(tmp_path)
+
+    status, out, err = gptoss(name, "--checkpoint", str(tmp_path), text)
+
+    assert (status, out) == (1, "")
+    assert err.startswith("gptoss: NotFiniteError: prompts[0]: expected a finite log-probability ")
+    assert err.count("\n") == 1 and "GPTOSS_JAX_KERNELS=xla" in err
+
+
 # Around it
 
 

@@ -26,6 +26,7 @@ from gptoss_jax.harmony import (
     render_prompt,
 )
 from gptoss_jax.inference.decode import Completion
+from gptoss_jax.inference.finite import NotFiniteError
 from gptoss_jax.inference.sampling import Sampling
 
 CONTEXT = 512
@@ -425,6 +426,17 @@ def test_a_seed_makes_replies_repeatable(model):
 
     assert first == again
     assert first.tokens != other.tokens
+
+
+def test_a_model_of_nan_is_an_error_and_not_said(folder):
+    broken = gj.load(folder)
+    broken.final_norm.scale.set_value(jnp.full_like(broken.final_norm.scale[...], jnp.nan))
+    talk = Conversation(broken)
+
+    for say in (lambda: chat(broken, "Hi"), lambda: list(talk.stream("Hi"))):
+        with pytest.raises(NotFiniteError, match=r"^prompts\[0\]: .* new token 0 .*, got nan; "):
+            say()
+    assert talk.messages == []
 
 
 def test_streaming_changes_nothing(model):

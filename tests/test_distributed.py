@@ -369,6 +369,22 @@ def test_two_processes_generate_what_one_does(tmp_path):
     assert ended[1].out == ""
 
 
+@pytest.mark.mesh
+def test_a_model_of_nan_is_one_line_on_every_process(tmp_path):
+    model = gj.load(write_checkpoint(SMALL, tmp_path / "whole"))
+    model.final_norm.scale.set_value(model.final_norm.scale[...] * np.float32("nan"))
+    folder = gj.export(model, tmp_path / "broken")
+    Tokenizer.compact().save(folder)
+    asked = ["generate", "--checkpoint", str(folder), "--tokens", "5", "6", "7", "--mesh"]
+
+    ended = run_processes(commands(*asked, "data=2,expert=4"))
+
+    assert [(one.status, one.out) for one in ended] == [(1, ""), (1, "")], shown(ended)
+    first, second = (one.remarks for one in ended)
+    assert first == second and len(first) == 1
+    assert first[0].startswith("gptoss: NotFiniteError: prompts[0]: expected a finite log-prob")
+
+
 # Meshes that are written down
 
 

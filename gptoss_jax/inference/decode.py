@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from gptoss_jax.inference.finite import meaningless, not_finite
 from gptoss_jax.inference.programs import (
     DecodeState,
     Request,
@@ -96,6 +97,11 @@ class Decoder:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def device_kind(self) -> str:
+        """What the devices that hold the model call themselves, as "NVIDIA H200"."""
+        return next(iter(self.leaves[0].devices())).device_kind
 
     def _empty(self, rows: int, capacity: int, steps: Steps) -> DecodeState:
         shape = (rows, self.vocab_size)
@@ -193,7 +199,7 @@ def generate(
 
     `sampling` and `max_new_tokens` are one for all prompts or one each. Rows do not affect each
     other. Raises ValueError for an empty prompt, ids outside the vocabulary, or a prompt that
-    leaves no room in the context.
+    leaves no room in the context, NotFiniteError where the model's logits are NaN or infinite.
     """
     pieces = stream(
         model,
@@ -224,6 +230,7 @@ def stream(
     """As `generate`, but yields what is new after the prefill and after each dispatch.
 
     Each yield has one `Completion` per prompt; its finish_reason is None until the row has ended.
+    What comes before a NotFiniteError is yielded first.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
@@ -235,13 +242,24 @@ def stream(
     rows = len(prompts)
     limits = _one_each("max_new_tokens", max_new_tokens, int, rows)
     samplings = _one_each("sampling", sampling, Sampling, rows)
-    run, first, logprobs = decoder.start(prompts, sampling=samplings, limits=limits, stop=stop)
-    ends = frozenset(stop)
-    made = [0] * rows
-    yield _pieces(first[:, None], logprobs[:, None], made, limits, ends)
+    run, *first = decoder.start(prompts, sampling=samplings, limits=limits, stop=stop)
     num_tokens = tokens_per_dispatch or max(limits) - 1  # the first came with the prompt
+    made, ends = [0] * rows, frozenset(stop)
+    for tokens, logprobs in _dispatches(run, first, num_tokens):
+        broken = meaningless(tokens, logprobs)
+        pieces = _pieces(np.where(broken, -1, tokens), logprobs, made, limits, ends)
+        if any(piece.tokens for piece in pieces):
+            yield pieces
+        if broken.any():
+            raise not_finite(broken, logprobs, made, decoder.device_kind)
+
+
+def _dispatches(run: Run, first: Sequence[np.ndarray], num_tokens: int) -> Iterator[tuple]:
+    """Ids and log-probabilities of the first token of each row, then of one dispatch after another,
+    until all rows have ended."""
+    yield tuple(part[:, None] for part in first)
     while not run.done:
-        yield _pieces(*run.advance(num_tokens), made, limits, ends)
+        yield run.advance(num_tokens)
 
 
 def _pieces(tokens, logprobs, made: list[int], limits: list[int], ends) -> list[Completion]:
