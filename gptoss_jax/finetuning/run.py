@@ -55,7 +55,8 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     say = of_first(say)
     checkpoint = str(BUNDLED_MODEL) if run.model.checkpoint is None else run.model.checkpoint
     where = together(lambda: _place(run, checkpoint), "mesh")
-    base = load(checkpoint, experts=run.experts, dtype=run.model.dtype, mesh=where)
+    how = {"experts": run.experts, "dtype": run.model.dtype, "mesh": where}
+    base = together(lambda: load(checkpoint, **how), "checkpoint")
     model = base if run.lora is None else add_lora(base, run.lora, seed=run.seed)
     say(f"weights\n{weights_table(model)}")
 

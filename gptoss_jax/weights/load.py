@@ -25,11 +25,18 @@ from gptoss_jax.mxfp4 import Mxfp4, pack, unpack
 from gptoss_jax.sharding import Placement, placement
 from gptoss_jax.weights.adapters import check_base, open_adapter, with_adapter
 from gptoss_jax.weights.checkpoint import Checkpoint, Piece, open_checkpoint
+from gptoss_jax.weights.memory import check_memory
 from gptoss_jax.weights.names import Entry, entries
 from gptoss_jax.weights.progress import Progress
 from gptoss_jax.weights.safetensors_file import CheckpointError
 from gptoss_jax.weights.shards import Box, Shards, needed_boxes
-from gptoss_jax.weights.tree import arrangements, wanted, with_arrays
+from gptoss_jax.weights.tree import (
+    arrangements,
+    bytes_on_a_device,
+    part_bytes,
+    wanted,
+    with_arrays,
+)
 
 Rows = Shaped[np.ndarray, "..."]
 
@@ -54,7 +61,9 @@ def load(
     as `place` does and by the same `rules`. `adapter` is a folder of adapters.py, which belongs to
     this checkpoint unless it may belong to `any_base`. `progress` None shows a bar on a terminal if
     the load is long.
-    Raises CheckpointError or ConfigError, both ValueErrors, that list everything that is wrong.
+    Raises CheckpointError or ConfigError, both ValueErrors, that list everything that is wrong, and
+    a ValueError before anything is read if a device cannot hold its part (adapters not counted).
+    Several processes call it inside `distributed.together`, so that all fail if one does.
     """
     if experts not in ("packed", "bf16"):
         raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
@@ -63,13 +72,15 @@ def load(
     checkpoint = open_checkpoint(path)
     where = _placed(mesh, checkpoint.config, experts, rules)
     adapters = None if adapter is None else open_adapter(adapter)
+    abstract = abstract_model(checkpoint, experts=experts, dtype=kind, where=where)
+    steps, arrange = list(_steps(checkpoint, wanted(abstract))), arrangements(abstract)
+    peak = _peak_bytes(steps, arrange, bytes_on_a_device(abstract))
+    check_memory(peak, where, experts=experts)
     if adapters and not any_base:
         check_base(adapters, path, progress=progress)
-    abstract = abstract_model(checkpoint, experts=experts, dtype=kind, where=where)
-    steps = list(_steps(checkpoint, wanted(abstract)))
     arrays = {}
     with Progress("loading", sum(step.num_bytes(checkpoint) for step in steps), progress) as bar:
-        for values in _read_all(checkpoint, steps, arrangements(abstract), bar):
+        for values in _read_all(checkpoint, steps, arrange, bar):
             arrays |= values
         assert bar.done == bar.num_bytes, "bytes were left out or read twice"
     model = with_arrays(abstract, arrays)
@@ -158,6 +169,17 @@ def _steps(checkpoint: Checkpoint, missing: dict[str, jax.ShapeDtypeStruct]) -> 
         sources = (stem,) if name == stem else tuple(members)
         yield _Step(stem, sources, targets, tuple(checkpoint.pieces(name, needed)))
     assert not missing, f"the table lacks {sorted(missing)}"
+
+
+def _peak_bytes(steps: Sequence[_Step], arrange: Mapping, held: Mapping[str, int]) -> int:
+    """The most that one device holds at any time: what has come, and where bytes are put in order,
+    those of one parameter twice."""
+    so_far = peak = 0
+    for step in steps:
+        so_far += held[step.stem]
+        published = [part_bytes(like, like.sharding) for like in step.targets.values()]
+        peak = max(peak, so_far + (sum(published) if step.stem in arrange else 0))
+    return peak
 
 
 def _read_all(

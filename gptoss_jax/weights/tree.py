@@ -9,15 +9,16 @@ device. Knows no files.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Shaped
 
-from gptoss_jax.model.placed import Bytes, Names, member_axes, rearrangement
+from gptoss_jax.model.placed import Bytes, Names, leaf_specs, member_axes, rearrangement
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4, published_blocks, published_scales
 from gptoss_jax.sharding import Placement
@@ -87,6 +88,28 @@ def wanted(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name, like in arrays_of(model).items()
     }
+
+
+def bytes_on_a_device(model: Transformer) -> dict[str, int]:
+    """How many bytes of each parameter of an abstract model one device holds, in its order."""
+    return {
+        name: sum(part_bytes(like, where) for like, where in zip(*_leaves(model, v), strict=True))
+        for name, v in _variables(model).items()
+    }
+
+
+def _leaves(model: Transformer, variable: nnx.Variable) -> tuple[list[Any], Sequence[Any]]:
+    """The arrays of a parameter and where each belongs."""
+    arrays, where = jax.tree.leaves(variable.get_value()), model.placement
+    if where is None:
+        return arrays, [None] * len(arrays)
+    return arrays, [NamedSharding(where.mesh, spec) for spec in leaf_specs(variable, where)]
+
+
+def part_bytes(like: Any, where: Sharding | None) -> int:
+    """How many bytes of an array one device holds."""
+    shape = like.shape if where is None else where.shard_shape(like.shape)
+    return math.prod(shape) * like.dtype.itemsize
 
 
 def arrangements(model: Transformer) -> dict[str, Callable]:
