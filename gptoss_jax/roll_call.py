@@ -13,7 +13,9 @@ import time
 
 GREETING = "gptoss-jax process {} of {}"
 WELCOME, REFUSED = "welcome", "refused: "
-PATIENCE = 5.0  # seconds for a line from a process that is connected
+# Seconds for a line from what has connected. Process 0 listens to one at a time, so each stranger
+# that says nothing, as a port scanner, delays the start by so much.
+PATIENCE = 5.0
 
 
 def split_address(coordinator: str) -> tuple[str, int]:
