@@ -60,6 +60,15 @@ def _record_races() -> None:
     RaceDetectionState.__setattr__ = remember  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def forget_interpreted_kernels() -> None:
+    """After an exception inside a kernel: the interpreters would go on where that left them."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as gpu
+
+    tpu.reset_tpu_interpret_mode_state()
+    gpu.reset_gpu_interpret_mode_state()
+
+
 @functools.cache
 def gpu_interpreter_knows_layouts() -> bool:
     """Whether it runs loads in a layout and products of transposed tiles; since jax 0.11."""

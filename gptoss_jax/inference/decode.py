@@ -51,7 +51,11 @@ class Decoder:
         self.structure, self.leaves = Structure.of(model)
         self.config = model.config
         self.dtype = model.embed.dtype
-        self._prefill = prefill_program(self.structure)
+
+    @property
+    def _prefill(self) -> Any:
+        """The program for what is wanted now: kernels may have been taken out since the last."""
+        return prefill_program(self.structure)
 
     def start(
         self,
@@ -77,11 +81,10 @@ class Decoder:
         capacity = self._multiple(max(SMALLEST_CAPACITY, power_of_two(longest)), "slots")
         state = self._empty(rows, capacity, steps)
         logprobs = self._put(self.structure.spec("batch"), jnp.zeros((rows,), jnp.float32))
+        prefill = self._prefill
         for chunk in _chunks(prompts, lengths):
             chunk = self._put((self.structure.spec("batch"),) * 2, chunk)
-            state, logprobs, news = self._prefill(
-                self.leaves, state, logprobs, request, *chunk, steps
-            )
+            state, logprobs, news = prefill(self.leaves, state, logprobs, request, *chunk, steps)
         tokens, bits, done = np.asarray(news)[..., 0]
         run = Run(self, state, request, steps, len(prompts), bool(done.all()))
         return run, tokens[: len(prompts)], bits.view(np.float32)[: len(prompts)]

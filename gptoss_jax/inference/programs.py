@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.device import in_this_context, program_cache
 from gptoss_jax.inference.sampling import (
     SamplingArrays,
     Seen,
@@ -98,7 +99,7 @@ class Structure:
         return jax.tree_util.tree_map_with_path(spec, request)
 
 
-@functools.lru_cache(maxsize=16)
+@program_cache(maxsize=16)
 def prefill_program(structure: Structure):
     """Jitted prefill of one model structure, shared by all models that have it."""
 
@@ -119,6 +120,7 @@ def prefill_program(structure: Structure):
         return state, logprobs, _news(chosen[:, None], logprobs[:, None], done)
 
     @functools.partial(jax.jit, static_argnums=(6,), donate_argnums=(1, 2))
+    @in_this_context
     def prefill(leaves, state, logprobs, request, tokens, counts, steps):
         """Read one chunk of the prompts and choose a token after it.
 
@@ -133,7 +135,7 @@ def prefill_program(structure: Structure):
     return prefill
 
 
-@functools.lru_cache(maxsize=32)
+@program_cache(maxsize=32)
 def advance_program(structure: Structure, state_tree, request_tree):
     """Jitted decode loop, on the leaves of the weights, of the state and of the request."""
 
@@ -160,6 +162,7 @@ def advance_program(structure: Structure, state_tree, request_tree):
         return state, _news(tokens, logprobs, state.done)
 
     @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=(1,))
+    @in_this_context
     def advance(leaves, state, request, num_tokens, steps, room):
         """Step until `num_tokens` are written or every row is done.
 

@@ -14,6 +14,7 @@ import pytest
 import sampling_oracle as oracle
 from flax import nnx
 
+from gptoss_jax import device
 from gptoss_jax.inference import decode
 from gptoss_jax.inference.decode import Completion, Decoder, generate, stream
 from gptoss_jax.inference.sampling import Sampling
@@ -277,6 +278,24 @@ def test_nothing_is_compiled_again_for_prompts_of_the_same_bucket(model, decoder
     assert run(decoder, [16, 15, 1, 1], other, 3, (1, 2, 3)) == before
     assert run(decoder, [7, 8, 9], other, 90, (4,)) == before
     assert run(Decoder(model), [2, 2, 2, 2], other, 17, ()) == before
+
+
+def test_other_kernels_are_other_programs(decoder):
+    """Taken out in a process that has compiled for them, they must not run on."""
+    prompts = [[3, 1, 4]]
+
+    def start():
+        sampling, limits = [GREEDY], [LONGEST]
+        return decoder.start(prompts, sampling=sampling, limits=limits, stop=())[0]
+
+    usual = start()
+    with device.kernels("xla"):
+        taken_out, prefill = start(), decoder._prefill
+
+    assert prefill is not decoder._prefill
+    assert taken_out._advance is not usual._advance
+    assert start()._advance is usual._advance
+    np.testing.assert_array_equal(taken_out.advance(4)[0], usual.advance(4)[0])
 
 
 def test_dispatches_of_all_sizes_share_one_program(decoder):
