@@ -69,13 +69,7 @@ def test_what_threads_hold_is_the_decoded_matrix(blocks):
         mine[block, half] = words[first_row + 8 * half, 4 * block + column]
         mine_factors[block, half] = factors[first_row + 8 * half, block]
 
-    def pairs(k):
-        found = np.empty_like(mine)
-        for place, held in np.ndenumerate(mine):
-            found[place] = gpu_decoder.pairs_of(held, k)
-        return found
-
-    registers, factors = gpu_decoder.arranged([pairs(k) for k in range(4)], list(mine_factors))
+    registers, factors = gpu_decoder.arranged(gpu_decoder.all_pairs(mine), list(mine_factors))
 
     got = np.zeros((64, 32 * blocks))
     for block, k, half in np.ndindex(blocks, 4, 2):

@@ -76,6 +76,11 @@ def pairs_of(words, k: int):
     return (sign & -0x7FFF8000) | (rest & 0x01C001C0)
 
 
+def all_pairs(words) -> list:
+    """The four of each word, in their order in a row of the result."""
+    return [pairs_of(words, k) for k in range(4)]
+
+
 def _decoder(blocks: int) -> Callable:
     """Four threads share rows r and r + 8 of 16. Thread t of them has word t of each block there,
     and columns 2 t and 2 t + 1 of every eight of the result: pairs 0 to 3 of a block's word."""
@@ -96,7 +101,7 @@ def _decoder(blocks: int) -> Callable:
     def run(_, bytes_, *scales):
         words = _recast(bytes_.registers, four_bytes, jnp.uint32)
         registers = arranged(
-            [pairs_of(words, k).registers for k in range(4)], [s.registers for s in scales]
+            [pairs.registers for pairs in all_pairs(words)], [s.registers for s in scales]
         )
         pairs, factors = (
             _recast(x.reshape(layout.registers_shape(shape)), layout, jnp.bfloat16)
