@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         stream_chat,
         tokenizer_of,
     )
+    from gptoss_jax.device import use_kernels
     from gptoss_jax.harmony import FunctionTool, Message, Tokenizer
+    from gptoss_jax.inference.finite import NotFiniteError
     from gptoss_jax.inference.sampling import Sampling
     from gptoss_jax.model.placed import place
     from gptoss_jax.model.transformer import Transformer
@@ -53,13 +55,15 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "tokenizer_of",
+    "NotFiniteError",
     # the model
     "ModelConfig",
     "Transformer",
     "Mxfp4",
-    # many devices
+    # devices
     "make_mesh",
     "place",
+    "use_kernels",
     "__version__",
 ]
 
@@ -71,9 +75,11 @@ _HOMES = {
     "generate": "conversation",
     "stream_chat": "conversation",
     "tokenizer_of": "conversation",
+    "use_kernels": "device",
     "FunctionTool": "harmony",
     "Message": "harmony",
     "Tokenizer": "harmony",
+    "NotFiniteError": "inference.finite",
     "Sampling": "inference.sampling",
     "place": "model.placed",
     "Transformer": "model.transformer",

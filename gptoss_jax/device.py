@@ -2,7 +2,7 @@
 """What a program is being traced for: which kind of device, and by which kernels.
 
 That is the default device and the fastest kernels, unless a program is compiled for hardware that
-is not there (`compiling_for`) or our kernels are taken out (`kernels`). jax keeps traces by
+is not there (`compiling_for`) or our kernels are taken out (`use_kernels`). jax keeps traces by
 function and shapes alone, so whatever keeps a program keeps it for a `Context`. Asking touches no
 device before the first call.
 """
@@ -88,14 +88,14 @@ def wanted_kernels() -> str:
 
 
 @contextlib.contextmanager
-def kernels(name: str) -> Iterator[None]:
+def use_kernels(name: str) -> Iterator[None]:
     """Trace programs inside with these kernels, one of `KERNELS`, as GPTOSS_JAX_KERNELS=name does.
 
     "xla" takes ours out: what is wrong with it, too, is no kernel's fault. A named kernel that
     cannot run raises ValueError where it is to be traced. Load the model inside as well: packed
     experts lie as the kernels read them, and are put in order again and again for others.
     """
-    token = _kernels.set(_known(name, "kernels"))
+    token = _kernels.set(_known(name, "use_kernels"))
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ def test_what_the_environment_wants_is_what_is_shown(monkeypatch):
         ValueError, match="'mosaic_tpu' cannot run sink_attention here: needs a TPU"
     ):
         names(platform="gpu")
-    with device.kernels("auto"):
+    with device.use_kernels("auto"):
         assert names(platform="gpu") == {"mosaic_gpu"}
 
 

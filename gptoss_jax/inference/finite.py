@@ -49,6 +49,6 @@ def not_finite(
         named.append(f"so in {len(rows) - SHOWN} more rows")
     return NotFiniteError(
         f"{'; '.join(named)}; the model's logits on {device} are NaN or infinite: run again with "
-        "GPTOSS_JAX_KERNELS=xla in the environment, or within gptoss_jax.device.kernels('xla'); "
+        "GPTOSS_JAX_KERNELS=xla in the environment, or within gptoss_jax.use_kernels('xla'); "
         "if that helps, a kernel of ours is wrong, if not, the weights are, or activations overflow"
     )

@@ -289,7 +289,7 @@ def test_other_kernels_are_other_programs(decoder):
         return decoder.start(prompts, sampling=sampling, limits=limits, stop=())[0]
 
     usual = start()
-    with device.kernels("xla"):
+    with device.use_kernels("xla"):
         taken_out, prefill = start(), decoder._prefill
 
     assert prefill is not decoder._prefill

@@ -46,7 +46,7 @@ def test_one_row_of_several_is_named(model):
     text = str(caught.value)
     assert caught.match("^" + said(1, 0) + "got nan; the model's logits on cpu are NaN or infinite")
     assert text.count("prompts[") == 1
-    assert "GPTOSS_JAX_KERNELS=xla" in text and "gptoss_jax.device.kernels('xla')" in text
+    assert "GPTOSS_JAX_KERNELS=xla" in text and "gptoss_jax.use_kernels('xla')" in text
 
 
 @pytest.mark.parametrize("how", [GREEDY, Sampling(top_p=0.9, seed=3)], ids=["greedy", "drawn"])

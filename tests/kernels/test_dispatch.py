@@ -108,7 +108,7 @@ def test_the_environment_names_the_kernels(op, monkeypatch):
     monkeypatch.setenv("GPTOSS_JAX_KERNELS", "xla")
     assert made.choose(3)[::2] == ("xla", "GPTOSS_JAX_KERNELS=xla")
     assert made.choose(3, "mosaic_gpu").name == "mosaic_gpu"  # what code names goes first
-    with device.kernels("mosaic_gpu"):  # and what Python says before the environment
+    with device.use_kernels("mosaic_gpu"):  # and what Python says before the environment
         assert made.choose(3).name == "mosaic_gpu"
         with pytest.raises(ValueError) as error:
             made.choose(-3)
@@ -125,7 +125,7 @@ def test_the_environment_names_the_kernels(op, monkeypatch):
 def test_an_unknown_name_is_answered_with_those_there_are(op, monkeypatch, name):
     expected = f"expected one of auto, xla, mosaic_gpu, mosaic_tpu, got {name!r}"
 
-    with pytest.raises(ValueError, match=f"^kernels: {expected}"), device.kernels(name):
+    with pytest.raises(ValueError, match=f"^use_kernels: {expected}"), device.use_kernels(name):
         pass
     monkeypatch.setenv("GPTOSS_JAX_KERNELS", name)
     with pytest.raises(ValueError, match=f"^GPTOSS_JAX_KERNELS: {expected}"):
@@ -145,7 +145,7 @@ def test_a_program_is_kept_for_the_context_it_was_asked_in():
         return jax.jit(device.in_this_context(lambda x: traced.append(device.context()) or 2 * x))
 
     here = make("a")
-    with device.kernels("xla"):
+    with device.use_kernels("xla"):
         without = make("a")
         assert make("a") is without
     with compiling_for(*V5E):
