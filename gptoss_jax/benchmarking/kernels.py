@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from gptoss_jax.benchmarking import attention, experts
+from gptoss_jax.benchmarking.facts import write_report
 from gptoss_jax.benchmarking.machine import describe_machine
 from gptoss_jax.benchmarking.timing import measure_ceilings
 from gptoss_jax.benchmarking.tuning import tune_attention
@@ -29,14 +30,12 @@ def run(
     dtype = dtype or ("float32" if target().platform == "cpu" else "bfloat16")
     if tune:
         tune_attention(match, dtype)
-    report = sweep(match, dtype)
-    print(json.dumps(report))
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    report = sweep(match, dtype, json_file)
+    print(json.dumps(report, allow_nan=False))
 
 
-def sweep(match: str, dtype: str) -> dict[str, Any]:
-    """The report; its rows are printed as they come."""
+def sweep(match: str, dtype: str, json_file: Path | None = None) -> dict[str, Any]:
+    """The report; its rows are printed, and are in the file, as they come."""
     ceilings = measure_ceilings(dtype)
     report = describe_machine() | {"dtype": dtype, "ceilings": ceilings._asdict(), "rows": []}
     print(
@@ -48,6 +47,8 @@ def sweep(match: str, dtype: str) -> dict[str, Any]:
         for row in op.rows(dtype, ceilings, match):
             report["rows"].append(row)
             print(_line(row), flush=True)
+            if json_file:
+                write_report(report, json_file)
     return report
 
 

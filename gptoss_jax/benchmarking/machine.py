@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and when a measurement was made: what every report begins with."""
+"""Where and when a measurement was made: what every report begins with.
 
+Only `describe_machine` imports jax and looks for devices.
+"""
+
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -8,8 +12,6 @@ import platform
 import subprocess
 from pathlib import Path
 from typing import Any
-
-import jax
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -19,20 +21,30 @@ def describe_machine(*more_packages: str) -> dict[str, Any]:
 
     Outside a repository the commit is what the environment variable GPTOSS_JAX_COMMIT says.
     """
-    packages = (*PACKAGES, *more_packages)
+    import jax
+
     devices = jax.devices()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": _commit(),
+        "versions": versions(*PACKAGES, *more_packages),
+        "commit": commit(),
     }
 
 
-def _cpu_model() -> str:
+def versions(*packages: str) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    installed = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -43,7 +55,7 @@ def _cpu_model() -> str:
     return f"{name}, family {family}, model {model}"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with a plus where the working tree differs from it."""
     root = Path(__file__).parents[2]
 

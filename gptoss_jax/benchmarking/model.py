@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from gptoss_jax.benchmarking.facts import write_report
 from gptoss_jax.benchmarking.machine import describe_machine
+from gptoss_jax.benchmarking.random_weights import random_model
 from gptoss_jax.benchmarking.timing import Ceilings, measure_ceilings
 from gptoss_jax.config import ModelConfig, RopeConfig
 from gptoss_jax.device import target
 from gptoss_jax.inference.decode import Decoder, Run
 from gptoss_jax.inference.sampling import Sampling
-from gptoss_jax.model.transformer import Transformer
 
 BATCHES = (1, 8, 32, 128)
 PROMPTS = (512, 4096, 32768)
 CONTEXT = 512  # tokens in the cache when decoding is timed
 STEPS = 32  # in a dispatch
 SAMPLES = 5
+DECODED = STEPS * (SAMPLES + 5)  # tokens that are decoded when decoding is timed, at most
 LARGEST_ON_CPU = 8, 512  # batch, prompt
 
 
@@ -97,24 +97,16 @@ def run(
     for row in _rows_that_fit(measures):
         report["rows"].append(row)
         print(_line(row), flush=True)
+        if json_file:
+            write_report(report, json_file)
     report["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    print(json.dumps(report))
+    print(json.dumps(report, allow_nan=False))
     if json_file:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def random_model(config: ModelConfig, dtype: str, experts: str) -> Transformer:
-    """Made in one compiled program, so that no weight exists twice."""
-
-    def make(key):
-        return Transformer(config, rngs=nnx.Rngs(key), dtype=jnp.dtype(dtype), experts=experts)
-
-    key = jax.random.key(0)
-    graph, _ = nnx.split(nnx.eval_shape(make, key))
-    return nnx.merge(graph, jax.jit(lambda key: nnx.split(make(key))[1])(key))
+        write_report(report, json_file)
 
 
 def begin(decoder: Decoder, batch: int, length: int, limit: int) -> Run:
+    """Random prompts of one length, read; up to `limit` greedy tokens are to come."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, decoder.vocab_size, (batch, length)).tolist()
     greedy = [Sampling(temperature=0.0)] * batch
@@ -123,7 +115,14 @@ def begin(decoder: Decoder, batch: int, length: int, limit: int) -> Run:
 
 def decode_row(decoder: Decoder, batch: int, ceilings: Ceilings) -> dict[str, Any]:
     """Tokens a second of all rows together, and what a dispatch costs the host."""
-    run = begin(decoder, batch, CONTEXT, STEPS * (SAMPLES + 3) + 2 * STEPS)
+    run = begin(decoder, batch, CONTEXT, DECODED)
+    return row_of_run(decoder, run, batch, CONTEXT, ceilings)
+
+
+def row_of_run(
+    decoder: Decoder, run: Run, batch: int, context: int, ceilings: Ceilings
+) -> dict[str, Any]:
+    """The same, of a run that has `context` tokens in its cache and up to DECODED to come."""
 
     def step_by_step() -> None:
         for _ in range(STEPS):
@@ -131,8 +130,10 @@ def decode_row(decoder: Decoder, batch: int, ceilings: Ceilings) -> dict[str, An
 
     together = _seconds(lambda: run.advance(STEPS))
     apart = _seconds(step_by_step, samples=1)
+    if run.done:
+        raise ValueError(f"run: expected {DECODED} tokens to come, got fewer; raise its limits")
     step = together[len(together) // 2] / STEPS
-    needed = bytes_per_step(decoder.config, decoder.leaves, decoder.dtype.itemsize, batch)
+    needed = bytes_per_step(decoder.config, decoder.leaves, decoder.dtype.itemsize, batch, context)
     return {
         "case": f"decode, {batch} rows",
         "tokens_per_s": batch / step,
@@ -145,9 +146,11 @@ def decode_row(decoder: Decoder, batch: int, ceilings: Ceilings) -> dict[str, An
     }
 
 
-def prefill_row(decoder: Decoder, length: int, ceilings: Ceilings) -> dict[str, Any]:
-    """Tokens a second of one long prompt."""
-    samples = _seconds(lambda: begin(decoder, 1, length, 1))
+def prefill_row(
+    decoder: Decoder, length: int, ceilings: Ceilings, limit: int = 1
+) -> dict[str, Any]:
+    """Tokens a second of one long prompt, in a cache that has room for `limit` more."""
+    samples = _seconds(lambda: begin(decoder, 1, length, limit))
     seconds = samples[len(samples) // 2]
     flops = flops_of_prompt(decoder.config, length)
     return {
@@ -172,16 +175,20 @@ def _seconds(call: Callable[[], object], samples: int = SAMPLES) -> list[float]:
     return sorted(found)
 
 
-def bytes_per_step(config: ModelConfig, leaves: Sequence[Any], item: int, batch: int) -> float:
-    """What a step has to read: all weights but the embedding and the experts nobody chose, and the
-    cache. Experts are taken to be chosen evenly; `item` is the bytes of a number."""
+def bytes_per_step(
+    config: ModelConfig, leaves: Sequence[Any], item: int, batch: int, context: int = CONTEXT
+) -> float:
+    """What a step has to read: all weights but the embedding and the experts nobody chose, and
+    `context` tokens of each row's cache. Experts are taken to be chosen evenly; `item` is the bytes
+    of a number."""
     chosen = 1 - (1 - config.experts_per_token / config.num_experts) ** batch
     weights = 0.0
     for leaf in leaves:
         of_experts = leaf.ndim >= 3 and leaf.shape[0] == config.num_experts
         weights += leaf.nbytes * (chosen if of_experts else 1)
     weights -= config.vocab_size * config.embed_dim * item
-    slots = sum(min(CONTEXT, config.window(layer) or CONTEXT) for layer in range(config.num_layers))
+    windows = [config.window(layer) or context for layer in range(config.num_layers)]
+    slots = sum(min(context, window) for window in windows)
     width = config.num_kv_heads * config.head_dim * item
     return weights + 2 * batch * slots * width
 

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that wants a GPU, in eight minutes: steps as processes, findings as lines of JSON.
+
+What is right comes first, several steps at a time, while other processes compile what is timed
+later; then every timing has the device to itself. A step that fails, hangs or is killed is a line
+of the file and no more. Imports no jax: this process must not hold the device. steps.py has the
+steps.
+"""
+
+import contextlib
+import datetime
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from gptoss_jax.benchmarking.facts import append, read, summary
+from gptoss_jax.benchmarking.machine import commit, cpu_model, versions
+from gptoss_jax.folders import cache_folder
+
+DEADLINE = 460  # seconds for all steps; 20 are left for what is not a step
+REHEARSAL_DEADLINE = 112
+GRACE = 3  # seconds to end in, for a step whose time is over
+LEAST = 8  # a step that has less left is not begun
+MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # of one process that has the device alone
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of several at a time
+XLA_KERNELS = {"GPTOSS_JAX_KERNELS": "xla"}
+REHEARSAL = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+NO_GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+
+
+class Stage(NamedTuple):
+    """A step of the run. Those that are `shared` and stand side by side run at the same time."""
+
+    name: str
+    seconds: int  # at most
+    step: str = ""  # of steps.py; its own name if there is none
+    env: Mapping[str, str] = {}
+    shared: bool = False
+    warm: bool = False  # compiles only
+    command: tuple[str, ...] = ()  # instead of a step
+
+
+STAGES = (
+    Stage("machine", 75),
+    Stage("one-hot", 100, shared=True),
+    Stage("experts", 120, shared=True),
+    Stage("experts-gradients", 100, shared=True),
+    Stage("attention", 100, shared=True),
+    Stage("attention-gradients", 100, shared=True),
+    Stage("races", 100, shared=True),
+    Stage("warm decode", 100, "decode", shared=True, warm=True),
+    Stage("warm batches", 100, "batches", shared=True, warm=True),
+    Stage("warm lora", 100, "lora", shared=True, warm=True),
+    Stage("warm decode-xla", 100, "decode", XLA_KERNELS, shared=True, warm=True),
+    Stage("decode", 75, "profiled-decode"),
+    Stage("batches", 75),
+    Stage("prefill", 60),
+    Stage("lora", 75),
+    Stage("decode-xla", 60, "decode", XLA_KERNELS),
+    Stage("decode-no-graphs", 60, "decode", NO_GRAPHS),
+    Stage("decode-bf16", 75, "bf16-decode"),
+)
+
+
+def first_call(folder: Path, *, rehearse: bool = False) -> int:
+    """Run all stages whose names contain $ONLY; the exit status is 1 if any of them failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "CPU rehearsal" if rehearse else _device_name()
+    file = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', kind.lower())}.jsonl"
+    only = os.environ.get("ONLY", "")
+    stages = [stage for stage in STAGES if only in stage.name]
+    if rehearse:  # nothing is timed in earnest, and to compile one step early shows that it works
+        stages = [stage for stage in stages if not stage.warm or stage.name == "warm decode"]
+        stages = [stage._replace(shared=True) for stage in stages]
+    if not stages:
+        names = [stage.name for stage in STAGES]
+        raise SystemExit(
+            f"ONLY: expected a part of a step's name, got {only!r}; {', '.join(names)}"
+        )
+    flags = ("--rehearse",) if rehearse else ()
+    env = REHEARSAL if rehearse else {}
+    deadline = int(os.environ.get("LIMIT", "") or (REHEARSAL_DEADLINE if rehearse else DEADLINE))
+    append(file, _start(kind, deadline, only))
+    runner = Runner(file, deadline, env=env, flags=flags)
+    try:
+        runner.run(stages)
+    finally:
+        print(f"\n{file}", *summary(read(file)), sep="\n", flush=True)
+    return 1 if runner.failed else 0
+
+
+def _start(kind: str, deadline: int, only: str) -> dict:
+    """The first line of a run."""
+    return {
+        "step": "start",
+        "fact": "machine",
+        "value": kind,
+        "unit": "",
+        "driver": _asked("driver_version"),
+        "versions": versions("jax", "jaxlib", "flax", "numpy", "optax", "jax-cuda13-plugin"),
+        "python": sys.version.split()[0],
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "deadline_s": deadline,
+        "only": only,
+    }
+
+
+def _device_name() -> str:
+    return _asked("name") or "unknown"
+
+
+def _asked(field: str) -> str:
+    """What the driver says of the first GPU; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
+
+
+class Runner:
+    """Runs stages in order, each as a process under a limit, until the time of all is over."""
+
+    def __init__(
+        self,
+        file: Path,
+        deadline: int | float,
+        *,
+        env: Mapping[str, str] | None = None,
+        flags: Sequence[str] = (),
+        say: Callable[[str], None] = print,
+    ):
+        self.file, self.say, self.flags = file, say, tuple(flags)
+        self.end = time.monotonic() + deadline
+        self.failed: list[str] = []
+        self._env = os.environ | _cache() | dict(env or {})
+        self._running: set[subprocess.Popen] = set()
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """All of them, whatever fails. SIGTERM and SIGINT end what runs and skip the rest."""
+        before = {how: signal.signal(how, self._stop) for how in (signal.SIGTERM, signal.SIGINT)}
+        at_once = max(2, (os.cpu_count() or 2) - 4)
+        try:
+            for shared, group in itertools.groupby(stages, lambda stage: stage.shared):
+                with ThreadPoolExecutor(at_once if shared else 1) as pool:
+                    list(pool.map(self._one, group))
+        finally:
+            for how, handler in before.items():
+                signal.signal(how, handler)
+
+    def _stop(self, *_: Any) -> None:
+        """End what runs; what has not begun will be skipped."""
+        self.end = 0.0
+        for process in list(self._running):
+            _kill(process, signal.SIGKILL)
+
+    def _one(self, stage: Stage) -> None:
+        left = self.end - time.monotonic() - 2 * GRACE
+        if left < LEAST:
+            self._note(stage, "skipped", 0.0, None, "the time for all steps is over")
+            return
+        with tempfile.TemporaryFile() as log:
+            began = time.monotonic()
+            status, code = self._watched(stage, min(stage.seconds, left), log)
+            error = None if status == "ok" else _last_error(log)
+            self._note(stage, status, time.monotonic() - began, code, error)
+
+    def _watched(self, stage: Stage, limit: int | float, log: IO[bytes]) -> tuple[str, int | None]:
+        """Run a stage for so long at most: how it ended, and its exit status."""
+        env = self._env | (SHARED if stage.shared else MEMORY) | dict(stage.env)
+        if flags := stage.env.get("XLA_FLAGS"):
+            env["XLA_FLAGS"] = f"{self._env.get('XLA_FLAGS', '')} {flags}".strip()
+        command = stage.command or self._command(stage)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        self._running.add(process)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return "timed out", _ended(process)
+        finally:
+            _kill(process, signal.SIGKILL)  # what the step has started, too
+            self._running.discard(process)
+        return ("ok" if code == 0 else "killed" if code < 0 else "failed"), code
+
+    def _command(self, stage: Stage) -> tuple[str, ...]:
+        module = sys.executable, "-m", "gptoss_jax.benchmarking"
+        what = "step", stage.step or stage.name, "--label", stage.name, "--facts", str(self.file)
+        return *module, *what, *self.flags, *(("--warm",) if stage.warm else ())
+
+    def _note(
+        self, stage: Stage, status: str, seconds: float, code: int | None, error: str | None
+    ) -> None:
+        line = {"step": stage.name, "status": status, "seconds": round(seconds, 1), "exit": code}
+        line |= {"optional": True} if stage.warm else {}
+        append(self.file, line | ({"error": error} if error else {}))
+        self.say(f"{stage.name:<20} {status:<10} {seconds:6.1f} s  {error or ''}")
+        if status != "ok" and not stage.warm:  # a step compiles by itself what is not there yet
+            self.failed.append(stage.name)
+
+
+def _cache() -> dict[str, str]:
+    """One folder of compiled programs for all steps; the user's own, if jax was told of one."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / "xla")
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def _ended(process: subprocess.Popen) -> int | None:
+    """Ask a process to end, then make it; None if even that does not help."""
+    _kill(process, signal.SIGTERM)
+    for last in (signal.SIGKILL, None):
+        try:
+            return process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            if last:
+                _kill(process, last)
+    return None
+
+
+def _kill(process: subprocess.Popen, how: signal.Signals) -> None:
+    """A signal for a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, how)
+
+
+def _last_error(log: IO[bytes]) -> str:
+    """The last line that tells what went wrong; without one the last line."""
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    telling = [line for line in lines if re.search(r"^Wrong:|Error|^Fatal|^F\d{4} |error:", line)]
+    return (telling or lines or ["no output"])[-1][:400]

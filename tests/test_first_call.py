@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first call on a GPU: what is written stays, whatever happens, and what is wrong is found."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptoss_jax.benchmarking import first_call, nearness, one_hot, profile
+from gptoss_jax.benchmarking.facts import Facts, append, known, read, summary, write_report
+from gptoss_jax.benchmarking.first_call import Runner, Stage
+from gptoss_jax.benchmarking.random_weights import random_model
+from gptoss_jax.kernels.expert_matmul.cases import TOLERANCES
+from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.mxfp4 import Mxfp4
+
+ROOT = Path(__file__).parents[1]
+NOT_THERE = (  # on a machine that is lent for its GPU
+    *("pydantic", "tyro", "openai_harmony", "grain", "fastapi", "beartype", "tiktoken"),
+    *("safetensors", "pyarrow", "tensorboardX"),
+)
+
+
+def strict(text: str) -> list[dict]:
+    """Lines of JSON without the words for numbers that are not finite."""
+
+    def refuse(word: str):
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+# Steps that fail, hang and are killed ------------------------------------------------------------
+
+
+def stage(name: str, file: Path, code: str, seconds: int = 60, **kind) -> Stage:
+    """A step that writes a fact and then does what the code says."""
+    begin = (
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        "from gptoss_jax.benchmarking.facts import Facts\n"
+        f"Facts(Path({str(file)!r}), {name!r}).write('before', 1.5, 'ms')\n"
+    )
+    return Stage(name, seconds, command=(sys.executable, "-c", begin + code), **kind)
+
+
+def ends(lines: list[dict]) -> dict[str, dict]:
+    return {line["step"]: line for line in lines if "status" in line}
+
+
+def test_a_step_that_goes_wrong_costs_no_other_step(tmp_path):
+    file, said = tmp_path / "gpu.jsonl", []
+    runner = Runner(file, 300, say=said.append)
+
+    runner.run(
+        [
+            stage("killed", file, "os.kill(os.getpid(), signal.SIGKILL)"),
+            stage("hangs", file, "time.sleep(600)", seconds=3),
+            stage("deaf", file, "signal.signal(15, signal.SIG_IGN)\ntime.sleep(600)", seconds=3),
+            stage("raises", file, "raise RuntimeError('no such kernel')"),
+            stage("works", file, "print('nothing to say')"),
+        ]
+    )
+
+    lines = strict(file.read_text())
+    facts = [(line["step"], line["value"]) for line in lines if "fact" in line]
+    assert facts == [(name, 1.5) for name in ("killed", "hangs", "deaf", "raises", "works")]
+    found = {name: (line["status"], line["exit"]) for name, line in ends(lines).items()}
+    assert found == {
+        "killed": ("killed", -9),
+        "hangs": ("timed out", -15),
+        "deaf": ("timed out", -9),
+        "raises": ("failed", 1),
+        "works": ("ok", 0),
+    }
+    assert ends(lines)["raises"]["error"] == "RuntimeError: no such kernel"
+    assert "error" not in ends(lines)["works"]
+    assert runner.failed == ["killed", "hangs", "deaf", "raises"]
+    assert [line.split()[0] for line in said] == list(found)
+
+
+def test_nothing_is_begun_after_the_deadline_and_limits_are_cut_to_it(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    began = time.monotonic()
+
+    Runner(file, 16, say=str).run(
+        [stage("long", file, "time.sleep(600)"), stage("late", file, "pass")]
+    )
+
+    assert time.monotonic() - began < 16
+    found = ends(strict(file.read_text()))
+    assert found["long"]["status"] == "timed out" and found["late"]["status"] == "skipped"
+    assert found["late"]["seconds"] == 0 and "time for all steps" in found["late"]["error"]
+
+
+def test_what_a_step_has_started_ends_with_it(tmp_path):
+    file, alive = tmp_path / "gpu.jsonl", tmp_path / "alive"
+    child = f"import time\nwhile True: open({str(alive)!r}, 'a').write('.'); time.sleep(0.05)"
+    code = (
+        f"import subprocess\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"while not os.path.exists({str(alive)!r}): time.sleep(0.05)\n"
+    )
+
+    Runner(file, 60, say=str).run([stage("leaves a child", file, code)])
+
+    time.sleep(0.3)
+    size = alive.stat().st_size
+    time.sleep(0.5)
+    assert alive.stat().st_size == size > 0
+
+
+def test_shared_steps_run_side_by_side_and_others_alone(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+
+    def meet(mine: str, other: str) -> str:
+        mine, other = (str(tmp_path / name) for name in (mine, other))
+        return f"open({mine!r}, 'w')\nwhile not os.path.exists({other!r}): time.sleep(0.02)\n"
+
+    alone = f"assert os.environ['{next(iter(first_call.MEMORY))}'] == '0.95'\n"
+    Runner(file, 100, say=str).run(
+        [
+            stage("one", file, meet("a", "b"), 30, shared=True),
+            stage("two", file, meet("b", "a"), 30, shared=True),
+            stage("three", file, alone + meet("c", "d"), 4),
+            stage("four", file, meet("d", "c"), 4),
+        ]
+    )
+
+    found = {name: line["status"] for name, line in ends(strict(file.read_text())).items()}
+    assert found == {"one": "ok", "two": "ok", "three": "timed out", "four": "ok"}
+
+
+def test_a_signal_ends_what_runs_and_still_leaves_a_summary(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from gptoss_jax.benchmarking import first_call as f\n"
+        "sleep = (sys.executable, '-c', 'import time; time.sleep(600)')\n"
+        "f.STAGES = tuple(f.Stage(name, 600, command=sleep) for name in ('one', 'two'))\n"
+        "sys.exit(f.first_call(Path(sys.argv[1]), rehearse=True))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    file = tmp_path / "gpu-cpu-rehearsal.jsonl"
+    while not file.exists():
+        time.sleep(0.05)
+    time.sleep(1.0)
+
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert {line["status"] for line in ends(strict(file.read_text())).values()} <= {
+        *("killed", "skipped")
+    }
+    assert re.search(r"^FAILED one: ", out, re.M) and re.search(r"^FAILED two: ", out, re.M)
+
+
+# Facts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(number, tmp_path):
+    file = tmp_path / "facts"
+    facts = Facts(file, "step")
+
+    with facts.case("a ratio"):
+        facts.write("a ratio", number)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append(file, {"deep": [{"in": number}]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report({"rows": [number]}, tmp_path / "report")
+
+    (line,) = strict(file.read_text())
+    assert line["holds"] is False and line["value"] is None and facts.failed == ["a ratio"]
+    assert not (tmp_path / "report").exists()
+
+
+def test_facts_are_those_of_the_last_run(tmp_path):
+    file = tmp_path / "facts"
+    for value in (1, 2):
+        append(file, {"step": "start", "fact": "machine", "value": "x", "unit": ""})
+        if value == 1:
+            Facts(file, "a").write("only then", 5.0)
+        Facts(file, "a").write("copy", float(value), "GB/s")
+
+    assert known(file, "copy") == 2.0 and known(file, "only then") is None
+    assert [line["value"] for line in read(file)] == ["x", 2.0]
+
+
+def test_the_summary_has_failures_first_and_sixty_lines_at_most(tmp_path):
+    file = tmp_path / "facts"
+    facts = Facts(file, "decode")
+    facts.write("fast", 1.25, "ms", share=0.5, ceiling="the copy")
+    facts.write("details", 7, minor=True)
+    facts.write("launches", 650, "a step", table=[f"kernel {number}" for number in range(90)])
+    with facts.case("right"):
+        raise ValueError("quantile 0.99 is 3e-01,\nallowed 2e-02")
+    append(file, {"step": "lora", "status": "timed out", "seconds": 75.0, "exit": -9, "error": "x"})
+    append(file, {"step": "warm", "status": "failed", "seconds": 1.0, "exit": 1, "optional": True})
+    append(file, {"step": "decode", "status": "ok", "seconds": 30.0, "exit": 0})
+
+    lines = summary(read(file))
+
+    assert lines[0] == "FAILED lora: timed out after 75 s: x"
+    assert lines[1].startswith("FAILED decode") and "0.99 is 3e-01, allowed 2e-02" in lines[1]
+    assert lines[2] == "kernel 0" and len(lines) == 60
+    assert any("1.25 ms, 50% of the copy" in line for line in lines)
+    assert not any("details" in line for line in lines)
+    assert lines[-2:] == ["       warm: failed after 1 s", "ok: decode 30 s"]
+
+
+# What the checks notice --------------------------------------------------------------------------
+
+
+def compared(tmp_path, run, exact) -> tuple[dict, list[str]]:
+    """The last line, and what did not hold."""
+    file = tmp_path / "facts"
+    facts = Facts(file, "step")
+    nearness.compare(facts, "y", run, lambda: {"y": exact}, TOLERANCES["bfloat16"])
+    return strict(file.read_text())[-1], facts.failed
+
+
+def test_a_result_is_held_against_the_tolerances_of_the_tests(tmp_path):
+    exact = jnp.asarray(np.random.default_rng(0).standard_normal((50, 40)), jnp.float32)
+    rounded = exact.astype(jnp.bfloat16)
+
+    near, _ = compared(tmp_path, lambda: {"y": rounded}, exact)
+    far, _ = compared(tmp_path, lambda: {"y": rounded.at[:5].mul(1.2)}, exact)
+    one, _ = compared(tmp_path, lambda: {"y": rounded.at[3, 3].set(jnp.nan)}, exact)
+
+    assert near["equal_bits"] and near["value"] < 1e-3
+    assert "holds" not in near and near["errors"]["y"][-1] < 1e-3
+    assert far["holds"] is False and re.search(
+        r"y: quantile 0.99 is .*allowed 2.0e-02", far["error"]
+    )
+    assert one["holds"] is False and "got 1 of 2000 that are not" in one["error"]
+
+
+def test_bits_that_move_are_noticed(tmp_path):
+    exact = jnp.ones((8, 8))
+    results = iter([exact] * 11 + [exact.at[1, 1].add(1e-7)] + [exact] * 20)
+
+    line, failed = compared(tmp_path, lambda: {"y": next(results)}, exact)
+
+    assert failed == ["y"] and "bits differ in 20 runs" in line["error"]
+
+
+@pytest.fixture(scope="module")
+def probes():
+    return {rows: one_hot.probes(one_hot.Sizes(2, 96, 64), rows, 3) for rows in (8, 64)}
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_one_hot_rows_bring_the_weights_back(rows, probes):
+    subnormal = {0, 1}  # which a CPU may flush to zero
+    for name, probe in probes[rows].items():
+        assert set(one_hot.wrong_bytes(probe, "xla", "published")) <= subnormal, name
+
+
+def test_one_hot_rows_notice_signs_and_scales(probes):
+    for name, probe in probes[64].items():
+        field = "gate_up" if name in ("gate", "up") else "down"
+        blocks, scales = getattr(probe, field)
+        signs = probe._replace(**{field: (blocks ^ 0x88, scales)})
+        doubled = probe._replace(**{field: (blocks, np.where(scales < 252, scales + 1, scales))})
+        for changed in (signs, doubled):
+            wrong = one_hot.wrong_bytes(changed, "xla", "published")
+            assert set(wrong) - {0, 1}, name
+
+
+def test_every_scale_byte_is_looked_at():
+    probe = one_hot.probes(one_hot.Sizes(4, 2880, 64), 8, 0)["down, every scale byte"]
+
+    assert set(np.unique(probe.scales)) == set(range(256))
+    finite = np.isfinite(probe.expected.astype(np.float32))
+    assert (finite == (probe.scales != 255)).all()
+    assert np.isnan(probe.expected[probe.scales == 255]).all()
+
+
+# Random weights and profiles ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", ["packed", "bf16"])
+def test_random_weights_are_those_of_a_model(config, experts):
+    def made():
+        return Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, experts=experts)
+
+    model = random_model(config, "bfloat16", experts)
+    alike = random_model(config, "bfloat16", experts, alike=True)
+
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), nnx.state(nnx.eval_shape(made)))
+    for found in (model, alike):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), nnx.state(found)) == expected
+        assert nnx.graphdef(found) == nnx.graphdef(nnx.eval_shape(made))
+    hidden = model.hidden(jnp.arange(12)[None]).astype(jnp.float32)
+    assert np.isfinite(np.asarray(hidden)).all() and 0.5 < float(hidden.std()) < 2.0
+    first, last = model.blocks[0].attn.q.kernel, model.blocks[2].attn.q.kernel
+    rows = np.asarray(first[...].astype(jnp.float32)).reshape(-1, config.embed_dim)
+    assert len(np.unique(rows, axis=0)) == len(rows) and not (first[...] == last[...]).all()
+    assert rows.std() == pytest.approx(config.embed_dim**-0.5, rel=0.05)
+    kernels = [block.moe.down.kernel.get_value() for block in alike.blocks]
+    blocks = [kernel.blocks if isinstance(kernel, Mxfp4) else kernel for kernel in kernels]
+    assert blocks[0] is blocks[1] is blocks[2]
+
+
+def test_work_is_summed_over_streams():
+    ms = 1e6
+    events = [
+        *(profile.Event("fusion_7", start * ms, (start + 2) * ms) for start in (0, 10)),
+        profile.Event("fusion_12", 3 * ms, 4 * ms),
+        profile.Event("copy", 1 * ms, 5 * ms),  # on another stream, over two of the others
+    ]
+
+    work = profile.summed(events)
+
+    assert work.launches == 4
+    assert [(k.name, k.count) for k in work.kernels] == [("fusion", 3), ("copy", 1)]
+    assert work.kernels[0].seconds == pytest.approx(5e-3)
+    assert (work.busy_s, work.gaps_s) == (pytest.approx(7e-3), pytest.approx(5e-3))
+    with pytest.raises(ValueError, match="trace: expected kernels"):
+        profile.summed([])
+
+
+def test_a_call_is_traced():
+    product = jax.jit(lambda x: jnp.sin(x @ x))
+    x = jnp.ones((200, 200))
+    product(x).block_until_ready()
+
+    work = profile.traced(lambda: [product(x).block_until_ready() for _ in range(3)])
+
+    assert any(kernel.count == 3 for kernel in work.kernels)
+    assert 0 < work.busy_s < 10 and work.gaps_s >= 0
+
+
+# The whole of it ---------------------------------------------------------------------------------
+
+
+def bare(folder: Path) -> str:
+    """A folder for PYTHONPATH that hides what such a machine does not have."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {NOT_THERE!r}:\n"
+        "            raise ModuleNotFoundError(f'{name} is hidden', name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """One run of the script on CPU, with nothing but jax and flax."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "ONLY")}
+    env |= {"PYTHONPATH": bare(folder), "GPTOSS_JAX_CACHE": str(folder / "cache"), "LIMIT": "500"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--rehearse", folder / "out"],
+        **{"env": env, "capture_output": True, "text": True, "cwd": folder},
+    )
+    return done, strict((folder / "out" / "gpu-cpu-rehearsal.jsonl").read_text())
+
+
+def test_the_rehearsal_runs_every_step(rehearsal):
+    done, lines = rehearsal
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [stage.name for stage in first_call.STAGES if not stage.warm]
+    assert {line["step"] for line in lines if line.get("status") == "ok"} == {*names, "warm decode"}
+    start = lines[0]
+    assert (start["step"], start["fact"], start["value"]) == ("start", "machine", "CPU rehearsal")
+    assert start["versions"]["jax"] == jax.__version__ and start["commit"] and start["date"]
+    assert all({"step", "fact", "value", "unit"} <= set(line) for line in lines if "fact" in line)
+    assert not [line for line in lines if line.get("holds") is False]
+    printed = done.stdout.splitlines()
+    place = next(n for n, line in enumerate(printed) if line.endswith("gpu-cpu-rehearsal.jsonl"))
+    assert 30 < len(printed) - place - 1 <= 60 and "FAILED" not in done.stdout
+
+
+def test_the_rehearsal_has_every_figure(rehearsal):
+    _, lines = rehearsal
+
+    facts = {(line["step"], line["fact"]): line for line in lines if "fact" in line}
+    assert facts["machine", "a large copy"]["value"] > 0
+    for rows in (8, 64):
+        assert facts["one-hot", f"one-hot, {rows} rows"]["value"] == 0
+        assert len(facts["one-hot", f"one-hot, {rows} rows"]["probes"]) == 4
+    compared = [line for line in lines if "errors" in line]
+    assert len(compared) == 3 + 1 + 4 + 2 and all(line["equal_bits"] for line in compared)
+    for step in ("decode", "decode-xla", "decode-no-graphs", "decode-bf16"):
+        line = facts[step, "decode, 1 rows"]
+        assert line["value"] == pytest.approx(1e3 / line["tokens_per_s"]) and line["share"] > 0
+    launches = facts["decode", "launches"]
+    assert launches["value"] > 10 and 1 <= len(launches["kernels"]) <= 20
+    assert facts["batches", "decode, 2 rows"]["value"] > 0
+    assert facts["prefill", "prefill, 512 tokens"]["value"] > 0
+    loss = facts["lora", "LoRA step of 64 tokens, loss"]
+    assert 0 < loss["last"] < loss["value"] and loss["norm"] > 0
+    assert facts["lora", "LoRA step of 64 tokens"]["tokens_per_s"] > 0
+
+
+def test_one_step_can_be_run_again(tmp_path):
+    env = os.environ | {"ONLY": "races"}
+    command = [sys.executable, "-m", "gptoss_jax.benchmarking", "first-call", "--rehearse"]
+
+    done = subprocess.run([*command, tmp_path], env=env, capture_output=True, text=True)
+    nothing = subprocess.run(
+        [*command, tmp_path], env=env | {"ONLY": "dance"}, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    lines = strict((tmp_path / "gpu-cpu-rehearsal.jsonl").read_text())
+    assert list(ends(lines)) == ["races"] and lines[0]["only"] == "races"
+    assert nothing.returncode == 1 and "ONLY: expected a part of a step's name" in nothing.stderr
