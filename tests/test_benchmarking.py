@@ -2,6 +2,7 @@
 """What a measurement is divided by: bytes and operations, against figures known from elsewhere."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from gptoss_jax.benchmarking import model, timing, tuning
+from gptoss_jax import device
+from gptoss_jax.benchmarking import experts as bench_experts
+from gptoss_jax.benchmarking import kernels, model, timing, tuning
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.expert_matmul import cases as experts
 from gptoss_jax.kernels.sink_attention import cases as attention
+from gptoss_jax.kernels.sink_attention import flash, reference
 from gptoss_jax.model.transformer import Transformer
 
 CONFIG = ModelConfig.preset("20b")
@@ -67,10 +71,133 @@ def test_a_chain_is_timed_once_for_each_step(monkeypatch):
 def test_block_sizes_replace_those_of_the_same_shapes_and_device(tmp_path):
     table = tmp_path / "tuned.json"
     table.write_text("[]\n")
-    row = {"op": "a", "implementation": "b", "shape": "c", "device": "d", "tiles": {"rows": 1}}
+    row = {"op": "a", "implementation": "b", "shape": "c", "device": "d", "milliseconds": 1.0}
+    row["tiles"] = {"rows": 1}
 
     tuning.keep([row], table)
     tuning.keep([row | {"tiles": {"rows": 2}}, row | {"device": "e"}], table)
 
     rows = json.loads(table.read_text())
     assert [(found["device"], found["tiles"]["rows"]) for found in rows] == [("d", 2), ("e", 1)]
+
+
+# Tuning ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS_A_SAMPLE", 1e-3)
+    monkeypatch.setattr(timing, "SAMPLES", 2)
+
+
+@pytest.fixture
+def table(tmp_path):
+    file = tmp_path / "tuned.json"
+    file.write_text("[]\n")
+    return file
+
+
+def tried(out: str) -> list[tuple[int, int]]:
+    """Rows and keys (or outputs) of each line with a time, in the order of the printed lines."""
+    found = re.findall(r"Tiles\(rows=(\d+), \w+=(\d+).*: [0-9.]+ ms", out)
+    return [(int(rows), int(other)) for rows, other in found]
+
+
+def test_tuning_runs_the_op_with_the_sizes_that_it_times(quick, table, monkeypatch, capsys):
+    traced = []
+
+    def seen(static, *rest):
+        traced.append(static.tiles[:2])
+        return forward(static, *rest)
+
+    forward = reference.forward
+    monkeypatch.setattr(reference, "forward", seen)
+    monkeypatch.setattr(tuning, "TABLE", table)
+    monkeypatch.setattr(kernels, "sweep", lambda *_: {})
+
+    kernels.run("decode on rings", "float32", tune=True)
+
+    (row,) = json.loads(table.read_text(), parse_constant=pytest.fail)
+    timed = tried(capsys.readouterr().out)
+    assert timed[0] == (1, 128) and len(timed) >= 4
+    assert set(timed) == set(traced)
+    assert row["implementation"] == "xla" and 0 < row["milliseconds"] < 10_000
+    assert list(row["tiles"]) == ["rows", "keys"] and tuple(row["tiles"].values()) in timed
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_what_is_used_now_must_run(error, quick, table, monkeypatch):
+    def broken(*_):
+        raise error("an argument too many")
+
+    monkeypatch.setattr(reference, "forward", broken)
+
+    with pytest.raises(error, match="an argument too many"):
+        tuning.tune("decode on rings", "bfloat16", table)
+
+    assert table.read_text() == "[]\n"
+
+
+def candidates(run) -> tuning.Candidates:
+    tables = attention.TOLERANCES["float32"]
+    names = ("sink_attention", "a case", "xla", "a class")
+    return tuning.Candidates(*names, flash.Tiles(8, 64, 3), run, jnp.ones((4, 4)), {}, tables)
+
+
+def test_sizes_that_fail_or_are_wrong_are_left_out(monkeypatch, capsys):
+    times = {(8, 64): 3.0, (16, 64): 1.0, (4, 64): 2.0, (8, 128): 1.5, (8, 32): 0.5}
+
+    def run(tiles, x):
+        if tiles.rows == 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too large")
+        if tiles.keys == 32:
+            return x * 1.01  # the fastest of all, and wrong
+        return x
+
+    def pretend(function, x, **given):
+        jax.block_until_ready(function(x, **given))
+        tiles = function.args[0]
+        return timing.Timing(1e-3 * times.get(tiles[:2], 9.0), 0.0, 0.0)
+
+    monkeypatch.setattr(tuning, "time_chain", pretend)
+
+    row = tuning.best(candidates(run))
+
+    assert (row["tiles"], row["milliseconds"]) == ({"rows": 8, "keys": 128}, 1.5)
+    out = capsys.readouterr().out
+    assert "RESOURCE_EXHAUSTED" in out and "WRONG" in out
+
+
+def test_a_mistake_of_ours_is_not_taken_for_sizes_too_large():
+    def run(tiles, x):
+        if tiles.rows != 8:
+            raise TypeError("a mistake")
+        return x
+
+    with pytest.raises(TypeError, match="a mistake"):
+        tuning.best(candidates(run))
+
+
+@pytest.mark.parametrize("time", [float("inf"), float("nan"), 0.0])
+def test_a_row_without_a_time_is_not_kept(time, table):
+    row = {"op": "a", "implementation": "b", "shape": "c", "device": "d", "milliseconds": time}
+
+    with pytest.raises(ValueError, match="milliseconds: expected a time above 0 for c, got"):
+        tuning.keep([row], table)
+
+    assert table.read_text() == "[]\n"
+
+
+@pytest.mark.interpreter
+def test_experts_are_tuned(quick, table, monkeypatch, capsys):
+    case = experts.Speed("tiny", 1, E=4, A=2, D=64, F=128)
+    monkeypatch.setattr(bench_experts, "SPEED_CASES", (case,))
+
+    with device.interpreted():
+        tuning.tune("tiny", "bfloat16", table, "mosaic_gpu")
+
+    (row,) = json.loads(table.read_text(), parse_constant=pytest.fail)
+    assert (row["op"], row["implementation"]) == ("expert_mlp", "mosaic_gpu")
+    timed = tried(capsys.readouterr().out)
+    assert timed[0] == (8, 64) and (16, 64) in timed and (8, 128) in timed
+    assert list(row["tiles"]) == ["rows", "outputs"] and tuple(row["tiles"].values()) in timed

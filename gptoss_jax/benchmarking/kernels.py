@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 
-from gptoss_jax.benchmarking import attention, experts
+from gptoss_jax.benchmarking import attention, experts, tuning
 from gptoss_jax.benchmarking.facts import write_report
 from gptoss_jax.benchmarking.machine import describe_machine
 from gptoss_jax.benchmarking.timing import measure_ceilings
-from gptoss_jax.benchmarking.tuning import tune_attention
 from gptoss_jax.device import target
 
 
@@ -29,7 +28,7 @@ def run(
     """
     dtype = dtype or ("float32" if target().platform == "cpu" else "bfloat16")
     if tune:
-        tune_attention(match, dtype)
+        tuning.tune(match, dtype)
     report = sweep(match, dtype, json_file)
     print(json.dumps(report, allow_nan=False))
 
