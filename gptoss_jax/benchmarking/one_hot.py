@@ -79,9 +79,9 @@ def _activations(sizes: Sizes, rows: int, rng: np.random.Generator, *, up: bool)
     used = np.full((rows, D), 127)
     which = int(up)
     for row, (expert, column) in enumerate(zip(chosen, columns, strict=True)):
-        one = decoded(blocks[expert, which, :width], scales[expert, which, :width])
-        expected[row, :width] = one[:, column] + (1.0 if up else 0.0)
-        used[row, :width] = scales[expert, which, :width, column // 32]
+        place = (expert, which, slice(width))
+        values, used[row, :width] = _column(blocks[place], scales[place], column)
+        expected[row, :width] = values + (1.0 if up else 0.0)
     down = identity, np.full(identity.shape[:-1], 127, np.uint8)
     return Probe((blocks, scales), bias, down, chosen, columns, expected, used)
 
@@ -106,10 +106,15 @@ def _outputs(sizes: Sizes, rows: int, rng: np.random.Generator, *, by_row: bool)
     gate_up = np.zeros((E, 2, F, D // 32, 16), np.uint8)
     gate_up = gate_up, np.full(gate_up.shape[:-1], 127, np.uint8)
     chosen = np.arange(rows) % E
-    of_expert = [decoded(blocks[e], scales[e])[:, open_units[e]] for e in range(E)]
-    scale_of = [scales[e, :, open_units[e] // 32] for e in range(E)]
-    expected, used = (np.stack([each[e] for e in chosen]) for each in (of_expert, scale_of))
+    of_experts = [_column(blocks[e], scales[e], open_units[e]) for e in range(E)]
+    expected, used = map(np.stack, zip(*(of_experts[e] for e in chosen), strict=True))
     return Probe(gate_up, bias, (blocks, scales), chosen, 0 * chosen, expected, used)
+
+
+def _column(blocks: np.ndarray, scales: np.ndarray, column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """One column of a matrix `[X, 32 * C]`, and the scale byte of each number in it."""
+    block = slice(column // 32, column // 32 + 1)
+    return decoded(blocks[:, block], scales[:, block])[:, column % 32], scales[:, column // 32]
 
 
 def _smaller(blocks: np.ndarray, most: int) -> np.ndarray:

@@ -164,7 +164,7 @@ def lora_step(timed: Timed) -> None:
     """One step of AdamW on adapters of attention and experts, over packed documents."""
     base = random_model(timed.sizes.config, DTYPE, "packed", alike=timed.warm)
     adapted = add_lora(base, LoraOptions(targets=(*ATTENTION, *EXPERTS)), seed=0)
-    step = Step(adapted, Optimisation(learning_rate=1e-4, steps=100), trainable=nnx.LoRAParam)
+    step = Step(adapted, Optimisation(learning_rate=3e-4, steps=100), trainable=nnx.LoRAParam)
     state = step.first_state(adapted)
     batch = step.put(_documents(timed.sizes.trained_tokens, timed.sizes.config.vocab_size))
     state, numbers = jax.block_until_ready(step(state, batch))
