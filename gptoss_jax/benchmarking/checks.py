@@ -19,8 +19,10 @@ from gptoss_jax.benchmarking import nearness, one_hot
 from gptoss_jax.benchmarking.facts import Facts
 from gptoss_jax.benchmarking.sizes import Attention, Experts, Sizes
 from gptoss_jax.benchmarking.timing import measure_ceilings
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.device import target
 from gptoss_jax.kernels import expert_matmul, sink_attention
+from gptoss_jax.kernels.dispatch import Choice
 from gptoss_jax.kernels.expert_matmul import api as experts_api
 from gptoss_jax.kernels.expert_matmul import cases as experts_cases
 from gptoss_jax.kernels.sink_attention import api as attention_api
@@ -45,15 +47,17 @@ def machine(facts: Facts, sizes: Sizes) -> None:
     facts.write("jax's device", device.device_kind, note=f"jax {jax.__version__}")
     if memory:
         facts.write("memory for jax", memory / 2**30, "GiB")
-    ceilings = measure_ceilings(DTYPE)
-    facts.write("a large copy", ceilings.bytes_per_s / 1e9, "GB/s", dtype="uint32")
-    facts.write("a large product", ceilings.flops_per_s / 1e12, "TFLOP/s", dtype=DTYPE)
-    attention, experts = sizes.attention, sizes.experts
+    with facts.case("ceilings"):
+        ceilings = measure_ceilings(DTYPE)
+        facts.write("a large copy", ceilings.bytes_per_s / 1e9, "GB/s", dtype="uint32")
+        facts.write("a large product", ceilings.flops_per_s / 1e12, "TFLOP/s", dtype=DTYPE)
+    with facts.case("kernels"):
+        _write_kernels(facts, sizes.config)
+    attention, few = sizes.attention, sizes.experts._replace(E=4, A=4)
     seed = fresh_seed()
-    small = experts._replace(E=4, A=4)
     runs = {
         "attention, decode": lambda: _attend(_decoding(attention, attention.decoded[0], seed)),
-        "experts, 1 row of 4 experts": lambda: _mix(_experts_inputs(small, 1, seed)),
+        "experts, 1 row of 4 experts": lambda: _mix(_experts_inputs(few, 1, seed)),
     }
     for name, run in runs.items():
         with facts.case(name):
@@ -62,6 +66,34 @@ def machine(facts: Facts, sizes: Sizes) -> None:
             facts.write(name, "runs" if not bad else "not finite", seed=seed)
             if bad:
                 raise nearness.Wrong(f"expected finite numbers, got {bad} of {out.size} not so")
+
+
+def _write_kernels(facts: Facts, config: ModelConfig) -> None:
+    """Which kernels run here: on a Hopper GPU not the plain XLA program, which is the reference."""
+    chosen = implementations(1, config, DTYPE, packed=True)
+    reasons = {op: choice.reason for op, choice in chosen.items()}
+    names = {choice.name for choice in chosen.values()}
+    facts.write("kernels", ", ".join(sorted(names)), reasons=reasons)
+    if "xla" in names and target().kind.startswith(("NVIDIA H", "NVIDIA GH")):
+        raise nearness.Wrong(
+            f"expected kernels of ours, got {chosen}; what is checked below is the reference itself"
+        )
+
+
+def implementations(
+    num_rows: int, config: ModelConfig, dtype: str, *, packed: bool
+) -> dict[str, Choice]:
+    """What decodes so many rows here: the choice of each op."""
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
+    attention = attention_api.Problem(num_rows, 1, 4096, *heads, dtype)
+    experts = experts_api.Problem(
+        *(num_rows, config.experts_per_token, config.num_experts),
+        *(config.embed_dim, config.hidden_dim, dtype, packed),
+    )
+    return {
+        "attention": attention_api.choose(attention)[0],
+        "experts": experts_api.choose(experts)[0],
+    }
 
 
 # MXFP4 bytes -------------------------------------------------------------------------------------
@@ -342,18 +374,3 @@ def _attended_gradients(window: int | None, implementation: str | None, arrays: 
     out, pull = jax.vjp(run, trained)
     (gradients,) = pull(_upstream(out))
     return {f"d{name}": gradient for name, gradient in gradients.items()}
-
-
-def implementations(num_rows: int, config: Any, dtype: str, *, packed: bool) -> dict[str, str]:
-    """Which implementation of each op decodes so many rows here."""
-    heads = config.num_heads, config.num_kv_heads, config.head_dim
-    attention = attention_api.Problem(num_rows, 1, 4096, *heads, dtype)
-    experts = experts_api.Problem(
-        *(num_rows, config.experts_per_token, config.num_experts),
-        *(config.embed_dim, config.hidden_dim, dtype, packed),
-    )
-    return {
-        "attention": attention_api.choose(attention)[0].name,
-        "experts": experts_api.choose(experts)[0].name,
-        "platform": target().platform,
-    }

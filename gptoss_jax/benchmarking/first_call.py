@@ -29,6 +29,7 @@ from gptoss_jax.folders import cache_folder
 DEADLINE = 460  # seconds for all steps; 20 are left for what is not a step
 REHEARSAL_DEADLINE = 112
 GRACE = 3  # seconds to end in, for a step whose time is over
+TAIL = 12  # lines of its output that are kept of a step that went wrong
 LEAST = 8  # a step that has less left is not begun
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # of one process that has the device alone
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of several at a time
@@ -50,7 +51,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("machine", 75),
+    Stage("machine", 90),
     Stage("one-hot", 100, shared=True),
     Stage("experts", 120, shared=True),
     Stage("experts-gradients", 100, shared=True),
@@ -87,7 +88,7 @@ def first_call(folder: Path, *, rehearse: bool = False) -> int:
             f"ONLY: expected a part of a step's name, got {only!r}; {', '.join(names)}"
         )
     flags = ("--rehearse",) if rehearse else ()
-    env = REHEARSAL if rehearse else {}
+    env = REHEARSAL if rehearse else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda"}
     deadline = int(os.environ.get("LIMIT", "") or (REHEARSAL_DEADLINE if rehearse else DEADLINE))
     append(file, _start(kind, deadline, only))
     runner = Runner(file, deadline, env=env, flags=flags)
@@ -175,8 +176,9 @@ class Runner:
         with tempfile.TemporaryFile() as log:
             began = time.monotonic()
             status, code = self._watched(stage, min(stage.seconds, left), log)
-            error = None if status == "ok" else _last_error(log)
-            self._note(stage, status, time.monotonic() - began, code, error)
+            lines = [] if status == "ok" else _log_lines(log)
+            error = None if status == "ok" else _last_error(lines)
+            self._note(stage, status, time.monotonic() - began, code, error, lines[-TAIL:])
 
     def _watched(self, stage: Stage, limit: int | float, log: IO[bytes]) -> tuple[str, int | None]:
         """Run a stage for so long at most: how it ended, and its exit status."""
@@ -201,11 +203,18 @@ class Runner:
         return *module, *what, *self.flags, *(("--warm",) if stage.warm else ())
 
     def _note(
-        self, stage: Stage, status: str, seconds: float, code: int | None, error: str | None
+        self,
+        stage: Stage,
+        status: str,
+        seconds: float,
+        code: int | None,
+        error: str | None,
+        tail: Sequence[str] = (),
     ) -> None:
         line = {"step": stage.name, "status": status, "seconds": round(seconds, 1), "exit": code}
         line |= {"optional": True} if stage.warm else {}
-        append(self.file, line | ({"error": error} if error else {}))
+        more = {"error": error, "tail": [line[:300] for line in tail]} if error else {}
+        append(self.file, line | more)
         self.say(f"{stage.name:<20} {status:<10} {seconds:6.1f} s  {error or ''}")
         if status != "ok" and not stage.warm:  # a step compiles by itself what is not there yet
             self.failed.append(stage.name)
@@ -239,10 +248,20 @@ def _kill(process: subprocess.Popen, how: signal.Signals) -> None:
         os.killpg(process.pid, how)
 
 
-def _last_error(log: IO[bytes]) -> str:
-    """The last line that tells what went wrong; without one the last line."""
+def _log_lines(log: IO[bytes]) -> list[str]:
+    """What a step has printed, without empty lines."""
     log.seek(0)
-    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
-    lines = [line for line in lines if line]
-    telling = [line for line in lines if re.search(r"^Wrong:|Error|^Fatal|^F\d{4} |error:", line)]
-    return (telling or lines or ["no output"])[-1][:400]
+    lines = (line.rstrip() for line in log.read().decode(errors="replace").splitlines())
+    return [line for line in lines if line]
+
+
+def _last_error(lines: list[str]) -> str:
+    """The last line that tells what went wrong, or the last one; a bare one with its place."""
+    wrong = re.compile(r"^Wrong:|^[\w.]*(Error|Exception|Exit)\b|^Fatal|^F\d{4} |error:", re.I)
+    told = [number for number, line in enumerate(lines) if wrong.search(line)]
+    number = told[-1] if told else len(lines) - 1
+    if not lines:
+        return "no output"
+    places = [line.strip() for line in lines[:number] if line.startswith('  File "')]
+    bare = ":" not in lines[number] and places
+    return (f"{lines[number]} at {places[-1]}" if bare else lines[number])[:400]

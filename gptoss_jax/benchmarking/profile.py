@@ -16,6 +16,7 @@ import jax
 
 from gptoss_jax.device import target
 
+_LINES = "Stream", "tf_XLA"  # of a GPU, of a CPU
 _NOT_KERNELS = "ThreadpoolListener", "ThunkExecutor", "end: ", "while", "call"  # in a CPU's trace
 
 
@@ -57,10 +58,17 @@ def traced(call: Callable[[], Any]) -> Work:
 
 
 def _events(data: Any, plane_name: str) -> Iterator[Event]:
-    """Of the first device: those of its streams, or on CPU of the threads that XLA runs on."""
-    plane = next((p for p in data.planes if p.name.startswith(plane_name)), None)
-    lines = list(plane.lines) if plane else []
-    for line in [line for line in lines if line.name.startswith(("Stream", "tf_XLA"))]:
+    """Of the first device: those of its streams, or on CPU of the threads that XLA runs on.
+
+    Raises ValueError if there are none, with what there is.
+    """
+    planes = {plane.name: list(plane.lines) for plane in data.planes}
+    first = next((name for name in planes if name.startswith(plane_name)), None)
+    found = [line for line in planes.get(first or "", ()) if line.name.startswith(_LINES)]
+    if not found:
+        there = {name: [line.name for line in lines] for name, lines in planes.items()}
+        raise ValueError(f"trace: expected streams of {plane_name}, got {there}")
+    for line in found:
         for event in line.events:
             if not event.name.startswith(_NOT_KERNELS):
                 yield Event(event.name, event.start_ns, event.start_ns + event.duration_ns)

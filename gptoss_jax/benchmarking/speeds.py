@@ -6,6 +6,7 @@ the cache of compiled programs for the step that times them.
 """
 
 import dataclasses
+import os
 import time
 from typing import Any
 
@@ -68,10 +69,11 @@ def decode(timed: Timed, *, profile: bool = False) -> None:
         run.advance(1)
         return
     packed = timed.experts == "packed"
-    names = implementations(1, decoder.config, DTYPE, packed=packed)
-    minor = timed.facts.step not in ("decode", "decode-xla")
-    chosen = f"{names['attention']}, {names['experts']}"
-    timed.facts.write("implementations", chosen, **names, minor=minor)
+    chosen = implementations(1, decoder.config, DTYPE, packed=packed)
+    names = {op: choice.name for op, choice in chosen.items()}
+    asked = os.environ.get("GPTOSS_JAX_KERNELS") or "auto"
+    more = {"note": f"asked for {asked}", "minor": timed.facts.step not in ("decode", "decode-xla")}
+    timed.facts.write("implementations", ", ".join(names.values()), **more, **names)
     _write_decoding(timed, model.row_of_run(decoder, run, 1, context, timed.ceilings()))
     if profile:
         with timed.facts.case("profile"):
@@ -130,8 +132,8 @@ def _write_decoding(timed: Timed, row: dict[str, Any]) -> None:
     timed.facts.write(f"{row['case']}, host", host, "ms a dispatch", **more)
     if timed.experts == "packed":
         best = _bf16_rate(timed, row)
-        note = "computed: all bytes at the rate of the copy"
-        timed.facts.write(f"{row['case']}, bf16 experts at best", best, "tokens/s", note=note)
+        more = {"note": "computed: all bytes at the rate of the copy", "minor": more["minor"]}
+        timed.facts.write(f"{row['case']}, bf16 experts at best", best, "tokens/s", **more)
 
 
 def _bf16_rate(timed: Timed, row: dict[str, Any]) -> float:
