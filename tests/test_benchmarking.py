@@ -119,10 +119,11 @@ def test_tuning_runs_the_op_with_the_sizes_that_it_times(quick, table, monkeypat
 
     (row,) = json.loads(table.read_text(), parse_constant=pytest.fail)
     timed = tried(capsys.readouterr().out)
-    assert timed[0] == (1, 128) and len(timed) >= 4
+    assert timed[0] == (1, 128) and len(timed) >= 3
     assert set(timed) == set(traced)
     assert row["implementation"] == "xla" and 0 < row["milliseconds"] < 10_000
-    assert list(row["tiles"]) == ["rows", "keys"] and tuple(row["tiles"].values()) in timed
+    # The one block of rows of a few tokens is not for other numbers of tokens.
+    assert list(row["tiles"]) == ["keys"] and (1, row["tiles"]["keys"]) in timed
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError])
@@ -140,7 +141,7 @@ def test_what_is_used_now_must_run(error, quick, table, monkeypatch):
 
 def candidates(run) -> tuning.Candidates:
     tables = attention.TOLERANCES["float32"]
-    names = ("sink_attention", "a case", "xla", "a class")
+    names = ("sink_attention", "a case", "xla", "a class", ("rows", "keys"))
     return tuning.Candidates(*names, flash.Tiles(8, 64, 3), run, jnp.ones((4, 4)), {}, tables)
 
 

@@ -30,7 +30,6 @@ from gptoss_jax.kernels.sink_attention import cases as attention_cases
 from gptoss_jax.kernels.sink_attention.flash import Places
 
 TABLE = Path(gptoss_jax.kernels.__file__).parent / "tuned.json"
-OF_THE_CLASS = ("rows", "keys", "outputs")  # sizes that every shape of a class may share
 # The smallest and the largest block that an implementation is written for.
 LIMITS = {
     ("sink_attention", "xla"): {"rows": (1, 4096), "keys": (1, 4096)},
@@ -50,6 +49,7 @@ class Candidates(NamedTuple):
     case: str
     implementation: str
     shape: str  # the class of shapes
+    sizes: tuple[str, ...]  # that all shapes of the class may share: these are looked for
     first: Any  # the sizes to begin from
     run: Callable[..., jax.Array]  # (sizes, x, **given) -> as large as x
     x: jax.Array
@@ -79,10 +79,12 @@ def _of_attention(match: str, dtype: str, implementation: str | None) -> Iterato
         x = given.pop("q")
 
         def run(tiles, q, k, v, sinks, *, module=choice.module, problem=problem, **places):
-            static = module, problem, tiles, interpreting(), None
-            return attention_api.run(*static, q, k, v, sinks, Places(**places))
+            static = attention_api.static_of(module, problem, tiles)
+            return attention_api.run(static, problem, None, q, k, v, sinks, Places(**places))
 
-        names = attention_api.OP.name, case.name, choice.name, shape
+        # A few tokens are one block of rows, which other numbers of tokens do not fill.
+        sizes = ("keys",) if problem.few_tokens else ("rows", "keys")
+        names = attention_api.OP.name, case.name, choice.name, shape, sizes
         yield Candidates(*names, tiles, run, x, given, attention_cases.TOLERANCES[dtype])
 
 
@@ -100,7 +102,7 @@ def _of_experts(match: str, dtype: str, implementation: str | None) -> Iterator[
             static = module, tiles, scalars, interpreting(), None
             return experts_api.run(*static, x, expert_ids, expert_weights, Experts(**weights))
 
-        names = experts_api.OP.name, case.name, choice.name, shape
+        names = experts_api.OP.name, case.name, choice.name, shape, ("rows", "outputs")
         yield Candidates(*names, tiles, run, x, given, experts_cases.TOLERANCES[dtype])
 
 
@@ -133,7 +135,7 @@ def best(candidates: Candidates) -> dict[str, Any]:
         "implementation": candidates.implementation,
         "shape": candidates.shape,
         "device": target().kind,
-        "tiles": {name: getattr(tiles, name) for name in _sizes(candidates)},
+        "tiles": {name: getattr(tiles, name) for name in candidates.sizes},
         "milliseconds": round(least, 4),
         "case": candidates.case,
         "jax": jax.__version__,
@@ -162,14 +164,9 @@ def _same(candidates: Candidates, tiles: Any, exact: np.ndarray) -> bool:
     return right
 
 
-def _sizes(candidates: Candidates) -> list[str]:
-    """Those that are looked for."""
-    return [name for name in candidates.first._fields if name in OF_THE_CLASS]
-
-
 def _neighbors(candidates: Candidates, tiles: Any) -> Iterator[Any]:
     limits = LIMITS[candidates.op, candidates.implementation]
-    for name in _sizes(candidates):
+    for name in candidates.sizes:
         size, (low, high) = getattr(tiles, name), limits[name]
         for other in (2 * size, size // 2):
             if low <= other <= high:

@@ -63,7 +63,7 @@ def test_decode_does_not_copy_the_cache(compile_for, B, S):
     compiled = compile_for(run, q, flat, flat, *rest)
 
     cache = 2 * B * S * K * H * 2
-    assert temporaries(compiled) < cache / 16
+    assert temporaries(compiled) < max(cache // 16, 8 << 20)  # the parts of splits
     assert_holds(compiled, "sink_attention_forward")
 
 
