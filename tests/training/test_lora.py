@@ -202,7 +202,9 @@ def test_a_model_that_has_adapters():
 
 
 @both_kinds
-def test_the_start_is_the_base_bit_for_bit(experts):
+def test_the_start_is_the_base(experts):
+    """What adapters add is zero, to the bit. The program that adds it is another one than that of
+    the base, whose sums a compiler may round in another order: so does that of jax 0.12."""
     base = random_model(ONE_LAYER, experts=experts)
     model = add_lora(base, EVERYTHING, seed=0)
     rows = jnp.asarray(tokens(2))
@@ -222,8 +224,10 @@ def test_the_start_is_the_base_bit_for_bit(experts):
 
     found, expected = run(model), run(base)
 
+    for adapter in adapters(model).values():
+        assert np.asarray(adapter.a[...]).any() and not np.asarray(adapter.b[...]).any()
     for one, other in zip(found, expected, strict=True):
-        assert (np.asarray(one) == np.asarray(other)).all()
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-7 * np.abs(other).max())
     assert trainable(base) is nnx.Param and trainable(model) is nnx.LoRAParam
     kept = {id(array) for array in jax.tree.leaves(nnx.state(model))}
     assert all(id(array) in kept for array in jax.tree.leaves(nnx.state(base)))
