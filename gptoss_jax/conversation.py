@@ -183,7 +183,7 @@ def chat(
     `max_new_tokens` counts the reasoning too; None is what is left of ROOM.
     One `seed` gives one reply. `sampling` are more fields of `Sampling`, e.g. `top_p=0.9`.
     Raises ValueError if something is out of range, or a prompt leaves no room in the context, and
-    FloatingPointError (inference/finite.py) if the model's logits are NaN or infinite.
+    NotFiniteError if the model's logits are NaN or infinite.
     """
     return stream_chat(
         model,

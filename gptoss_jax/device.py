@@ -76,26 +76,38 @@ def interpreted() -> Iterator[None]:
 VARIABLE = "GPTOSS_JAX_KERNELS"
 KERNELS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # the fastest that can run, or one by name
 
-_kernels: contextvars.ContextVar[str | None] = contextvars.ContextVar("kernels", default=None)
+# A name, and who wants it.
+_kernels: contextvars.ContextVar[tuple[str, str] | None]
+_kernels = contextvars.ContextVar("kernels", default=None)
 
 
-def wanted_kernels() -> str:
-    """Which of `KERNELS` programs traced now are to use.
+def wanted_kernels() -> tuple[str, str]:
+    """Which of `KERNELS` programs traced now are to use, and who says so.
 
     Raises ValueError if the environment variable holds another name.
     """
-    return _kernels.get() or _known(os.environ.get(VARIABLE) or KERNELS[0], VARIABLE)
+    chosen = _kernels.get()
+    return chosen or (_known(os.environ.get(VARIABLE) or KERNELS[0], VARIABLE), VARIABLE)
 
 
-@contextlib.contextmanager
-def use_kernels(name: str) -> Iterator[None]:
-    """Trace programs inside with these kernels, one of `KERNELS`, as GPTOSS_JAX_KERNELS=name does.
+def use_kernels(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within `with use_kernels(name):` trace programs with these kernels, one of `KERNELS`, as
+    GPTOSS_JAX_KERNELS=name does for a whole process.
 
     "xla" takes ours out: what is wrong with it, too, is no kernel's fault. A named kernel that
     cannot run raises ValueError where it is to be traced. Load the model inside as well: packed
     experts lie as the kernels read them, and are put in order again and again for others.
+
+    It holds for this thread; another takes it over in a `contextvars.copy_context()`. A function
+    of your own that was jitted and called before keeps the kernels it was traced with.
+    Raises ValueError for an unknown name.
     """
-    token = _kernels.set(_known(name, "use_kernels"))
+    return _using(_known(name, "use_kernels"))
+
+
+@contextlib.contextmanager
+def _using(name: str) -> Iterator[None]:
+    token = _kernels.set((name, "use_kernels"))
     try:
         yield
     finally:
@@ -113,12 +125,13 @@ class Context(NamedTuple):
 
     target: Target
     kernels: str
+    asked_by: str  # whoever wants these: errors say so
     interpreting: bool
 
 
 def context() -> Context:
     """That of now."""
-    return Context(target(), wanted_kernels(), interpreting())
+    return Context(target(), *wanted_kernels(), interpreting())
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -132,7 +145,7 @@ def in_this_context(function: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         tokens = (
             _override.set(here.target),
-            _kernels.set(here.kernels),
+            _kernels.set((here.kernels, here.asked_by)),
             _interpreting.set(here.interpreting),
         )
         try:

@@ -27,7 +27,10 @@ os.environ["XDG_CACHE_HOME"] = _SCRATCH.name  # compiled programs and vocabulary
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
-for _name in ("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_CACHE_DIR"):
+for _name in (
+    *("JAX_COMPILATION_CACHE_DIR", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_CACHE_DIR"),
+    *("GPTOSS_JAX_KERNELS", "GPTOSS_JAX_CACHE", "GPTOSS_JAX_COMMIT", "ONLY", "LIMIT"),
+):
     os.environ.pop(_name, None)  # what the user keeps must not decide a test
 
 from jaxtyping import install_import_hook  # noqa: E402 - the order is the point here

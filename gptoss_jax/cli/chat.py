@@ -104,7 +104,7 @@ class Chat(OfModel):
             elif words:
                 try:
                     self.answer(talk, line)
-                except ValueError as error:
+                except (ValueError, FloatingPointError) as error:
                     if not terminal:
                         raise
                     remark(str(error))

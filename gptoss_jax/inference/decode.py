@@ -7,7 +7,8 @@ capacity), so a new prompt rarely compiles anything. Knows token ids only; text 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from gptoss_jax.device import in_this_context
 from gptoss_jax.inference.finite import meaningless, not_finite
 from gptoss_jax.inference.programs import (
     DecodeState,
@@ -66,7 +68,7 @@ class Decoder:
         stop: Sequence[int],
     ) -> tuple["Run", np.ndarray, np.ndarray]:
         """Read the prompts; returns the run and the first token and log-probability of each row."""
-        self._check(prompts, limits)
+        self.check(prompts, limits)
         rows = self._multiple(power_of_two(len(prompts)), "batch")
         spare = rows - len(prompts)
         lengths = np.array([len(p) for p in prompts] + [0] * spare, np.int32)
@@ -118,7 +120,8 @@ class Decoder:
         )
         return self._put(self.structure.state(state), state)
 
-    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+        """Raise ValueError for an empty prompt, a wrong id, or one that leaves no room."""
         context = self.config.max_context
         for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             name = f"prompts[{row}]"
@@ -233,7 +236,8 @@ def stream(
     """As `generate`, but yields what is new after the prefill and after each dispatch.
 
     Each yield has one `Completion` per prompt; its finish_reason is None until the row has ended.
-    What comes before a NotFiniteError is yielded first.
+    What comes before a NotFiniteError is yielded first. Nothing runs before the first is asked for,
+    and then by the kernels that were wanted here.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
@@ -245,9 +249,18 @@ def stream(
     rows = len(prompts)
     limits = _one_each("max_new_tokens", max_new_tokens, int, rows)
     samplings = _one_each("sampling", sampling, Sampling, rows)
-    run, *first = decoder.start(prompts, sampling=samplings, limits=limits, stop=stop)
+    decoder.check(prompts, limits)
+    start = functools.partial(in_this_context(decoder.start), prompts, sampling=samplings)
+    begin = functools.partial(start, limits=limits, stop=stop)
     num_tokens = tokens_per_dispatch or max(limits) - 1  # the first came with the prompt
-    made, ends = [0] * rows, frozenset(stop)
+    return _stream(decoder, begin, num_tokens, limits, frozenset(stop))
+
+
+def _stream(
+    decoder: Decoder, begin: Callable, num_tokens: int, limits: list[int], ends: frozenset[int]
+) -> Iterator[list[Completion]]:
+    run, *first = begin()
+    made = [0] * len(limits)
     for tokens, logprobs in _dispatches(run, first, num_tokens):
         broken = meaningless(tokens, logprobs)
         pieces = _pieces(np.where(broken, -1, tokens), logprobs, made, limits, ends)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptoss_jax.device import VARIABLE, Target, interpreting, target, wanted_kernels
+from gptoss_jax.device import Target, interpreting, target, wanted_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ class Op(NamedTuple):
         here = target()
         if name is not None:
             return self._named(name, problem, here, "implementation", "None")
-        wanted = wanted_kernels()
+        wanted, asked_by = wanted_kernels()
         if wanted != "auto":
-            return self._named(wanted, problem, here, VARIABLE, "auto")
+            return self._named(wanted, problem, here, asked_by, "auto")
         refused = []
         for implementation in self.implementations:
             if implementation.platform not in (None, here.platform):

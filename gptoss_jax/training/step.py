@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from gptoss_jax.device import in_this_context, program_cache
+from gptoss_jax.device import Context, context, in_this_context, program_cache
 from gptoss_jax.model.cache import new_positions
 from gptoss_jax.model.placed import leaf_specs
 from gptoss_jax.model.transformer import Transformer
@@ -121,11 +121,25 @@ class Step:
         self._trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained)
         self._dtypes = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(trained))
         self._graph = _graph_of(model, options.remat)
-        self.program = self._program()
+        shardings = self._shardings(self._abstract())
+        self._lies = jax.tree.flatten((shardings, self.where and self.where.sharding()))
+        self._programs: dict[Context, Any] = {}
 
     def __call__(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Numbers]:
         """The next state, and the numbers of this step. The old state's buffers are donated."""
         return self.program(state, self.frozen, self.put(batch))
+
+    @property
+    def program(self) -> Any:
+        """The jitted step, for the kernels that are wanted now."""
+        here = context()
+        if here not in self._programs:
+            kinds = self.optimisation, self.options, self.where, self._dtypes
+            leaves, tree = self._lies
+            window = self.config.sliding_window
+            made = _step_program(self._graph, *kinds, window, tuple(leaves), tree)
+            self._programs[here] = made
+        return self._programs[here]
 
     def evaluate(self, state: TrainState, batch: AnyBatch) -> Sums:
         """The loss of a batch of any size, which is not trained on."""
@@ -199,12 +213,6 @@ class Step:
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
         return jax.tree.unflatten(tree, shardings)
-
-    def _program(self):
-        shardings = self._shardings(self._abstract())
-        leaves, tree = jax.tree.flatten((shardings, self.where and self.where.sharding()))
-        kinds = self.optimisation, self.options, self.where, self._dtypes
-        return _step_program(self._graph, *kinds, self.config.sliding_window, tuple(leaves), tree)
 
 
 def _check_trained(model: Transformer, trainable: Kind, trained: Any) -> None:

@@ -37,10 +37,10 @@ def memory_of(device: Any) -> Memory | None:
     """What jax says of a device, if it says anything."""
     try:
         stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a platform that cannot tell
+    except (RuntimeError, NotImplementedError):  # a platform that cannot tell
         return None
     limit = stats.get("bytes_limit")
-    return Memory(limit, stats.get("bytes_in_use", 0)) if limit else None
+    return Memory(limit, stats.get("bytes_in_use") or 0) if limit else None
 
 
 def check_memory(needed: int, where: Placement | None, *, experts: str) -> None:
@@ -96,10 +96,15 @@ def _ways_out(
 def _larger_fraction(needed: int, memory: Memory) -> Iterator[str]:
     """What lets jax use more of a GPU, if that would do."""
     said = {name: os.environ[name] for name in FRACTION_NAMES if os.environ.get(name)}
-    name, value = next(iter(said.items()), (FRACTION_NAMES[0], DEFAULT_FRACTION))
-    most = LARGEST_FRACTION / float(value) * memory.limit
-    if memory.limit < most and needed <= most - memory.in_use:
-        took = f"jax took {float(value):.0%} of the GPU"
+    name, value = next(iter(said.items()), (FRACTION_NAMES[0], str(DEFAULT_FRACTION)))
+    try:
+        fraction = float(value)
+    except ValueError:  # jax has its own word for that
+        return
+    if not 0 < fraction < LARGEST_FRACTION:
+        return
+    if needed <= LARGEST_FRACTION / fraction * memory.limit - memory.in_use:
+        took = f"jax took {fraction:.0%} of the GPU"
         yield f"start again with {name}={LARGEST_FRACTION} in the environment ({took})"
 
 

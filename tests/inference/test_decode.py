@@ -298,6 +298,18 @@ def test_other_kernels_are_other_programs(decoder):
     np.testing.assert_array_equal(taken_out.advance(4)[0], usual.advance(4)[0])
 
 
+def test_a_stream_runs_by_the_kernels_of_where_it_was_asked_for(decoder):
+    """As chat does, and reads it later."""
+    with device.use_kernels("mosaic_gpu"):
+        there = stream(decoder, [[3, 1, 4]], max_new_tokens=2, sampling=GREEDY)
+    here = stream(decoder, [[3, 1, 4]], max_new_tokens=2, sampling=GREEDY)
+
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' cannot run .* here: needs a GPU"):
+        next(there)
+    with device.use_kernels("mosaic_gpu"):
+        assert len(next(here)[0].tokens) == 1
+
+
 def test_dispatches_of_all_sizes_share_one_program(decoder):
     prompts = prompts_of([5, 2, 9, 1], seed=6)
     hows, limits = [EVERYTHING, GREEDY, GREEDY, GREEDY], [40, 40, 7, 40]
@@ -407,7 +419,7 @@ def test_the_context_is_the_limit_to_the_token(config):
     rope = dataclasses.replace(config.rope, original_context=4, scaling_factor=4.0)
     short = Decoder(_model(dataclasses.replace(config, rope=rope)))
 
-    short._check([list(range(10))], [6])
+    short.check([list(range(10))], [6])
 
     with pytest.raises(ValueError, match=r"context of 16 tokens, got 10 \+ 7"):
-        short._check([list(range(10))], [7])
+        short.check([list(range(10))], [7])

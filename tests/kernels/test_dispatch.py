@@ -116,17 +116,20 @@ def test_the_environment_names_the_kernels(op, monkeypatch):
     assert made.choose(3).reason == "the fastest on CPU"
 
     assert str(error.value) == (
-        "GPTOSS_JAX_KERNELS: 'mosaic_gpu' cannot run test_op here: it is negative; so there; use "
-        "'xla', or auto for the fastest that can"
+        "use_kernels: 'mosaic_gpu' cannot run test_op here: it is negative; so there; use 'xla', "
+        "or auto for the fastest that can"
     )
+    monkeypatch.setenv("GPTOSS_JAX_KERNELS", "mosaic_gpu")
+    with pytest.raises(ValueError, match=r"^GPTOSS_JAX_KERNELS: 'mosaic_gpu' cannot run test_op"):
+        made.choose(-3)
 
 
 @pytest.mark.parametrize("name", ["cuda", "XLA"])
 def test_an_unknown_name_is_answered_with_those_there_are(op, monkeypatch, name):
     expected = f"expected one of auto, xla, mosaic_gpu, mosaic_tpu, got {name!r}"
 
-    with pytest.raises(ValueError, match=f"^use_kernels: {expected}"), device.use_kernels(name):
-        pass
+    with pytest.raises(ValueError, match=f"^use_kernels: {expected}"):
+        device.use_kernels(name)  # without `with`, too
     monkeypatch.setenv("GPTOSS_JAX_KERNELS", name)
     with pytest.raises(ValueError, match=f"^GPTOSS_JAX_KERNELS: {expected}"):
         op()[0].choose(3)
@@ -155,7 +158,12 @@ def test_a_program_is_kept_for_the_context_it_was_asked_in():
         assert program(3) == 6
 
     cpu = device.Target("cpu", "cpu")
-    assert traced == [(V5E, "auto", False), (cpu, "xla", False), (cpu, "auto", False)]
+    variable = "GPTOSS_JAX_KERNELS"
+    assert traced == [
+        (V5E, "auto", variable, False),
+        (cpu, "xla", "use_kernels", False),
+        (cpu, "auto", variable, False),
+    ]
 
 
 def grid_of(kind: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from small_runs import ONE_LAYER, packed_batch, random_model
 
+from gptoss_jax import device
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer
 from gptoss_jax.mxfp4 import E2M1
 from gptoss_jax.training.hooks import Hook
@@ -214,6 +215,21 @@ def test_training_with_shared_beginnings_learns_and_repeats_itself(batch):
 
     assert first == second
     assert first[-1] < 0.5 * first[0]
+
+
+def test_all_programs_of_a_step_use_the_kernels_that_are_wanted():
+    model = random_model(ONE_LAYER)
+    step = Step(model, Optimisation(learning_rate=1e-3, steps=9))
+    state, batch = step.first_state(model), packed_batch(ONE_LAYER.vocab_size)
+
+    with device.use_kernels("mosaic_gpu"):
+        for run in (step, step.evaluate, step.routes):
+            with pytest.raises(ValueError, match=r"use_kernels: 'mosaic_gpu' cannot run"):
+                run(state, batch)
+    with device.use_kernels("xla"):
+        without = step.program
+    assert step.program is not without
+    assert step.program is step.program
 
 
 def test_experts_are_seen_rounded_but_learn_as_if_they_were_not(model):

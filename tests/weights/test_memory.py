@@ -196,6 +196,8 @@ def test_120b_on_one_h100(complaint):
         (V5E, {"placed": True}, "use; take a mesh of more devices$"),
         (V5E, {}, "^[^X]*$"),
         (H100, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}, "^[^X]*$"),
+        (H100, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "abc"}, "^[^X]*$"),
+        (H100, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0"}, "^[^X]*$"),
         (H100, {"needed": 76.0}, "^[^X]*$"),  # more than 95 % of the card
         (H100, {"in_use": 14.0}, "^[^X]*$"),
         (H100, {"in_use": 13.0}, "MEM_FRACTION=0.95"),
