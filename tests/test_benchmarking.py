@@ -12,7 +12,7 @@ from flax import nnx
 
 from gptoss_jax import device
 from gptoss_jax.benchmarking import experts as bench_experts
-from gptoss_jax.benchmarking import kernels, model, timing, tuning
+from gptoss_jax.benchmarking import kernels, machine, model, timing, tuning
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.expert_matmul import cases as experts
 from gptoss_jax.kernels.sink_attention import cases as attention
@@ -81,6 +81,22 @@ def test_block_sizes_replace_those_of_the_same_shapes_and_device(tmp_path):
     assert [(found["device"], found["tiles"]["rows"]) for found in rows] == [("d", 2), ("e", 1)]
 
 
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_name_of_no_case_is_refused(tune):
+    said = "match: expected a part of a case's name, got 'dance'; .*decode on rings, "
+
+    with pytest.raises(ValueError, match=said):
+        kernels.run("dance", tune=tune)
+
+
+@pytest.mark.parametrize("said", ["", "abc123"])
+def test_the_commit_outside_a_repository(said, monkeypatch):
+    monkeypatch.setenv("GPTOSS_JAX_COMMIT", said)
+    monkeypatch.setenv("PATH", "")  # no git
+
+    assert machine.commit() == (said or "unknown")
+
+
 # Tuning ------------------------------------------------------------------------------------------
 
 
@@ -124,6 +140,34 @@ def test_tuning_runs_the_op_with_the_sizes_that_it_times(quick, table, monkeypat
     assert row["implementation"] == "xla" and 0 < row["milliseconds"] < 10_000
     # The one block of rows of a few tokens is not for other numbers of tokens.
     assert list(row["tiles"]) == ["keys"] and (1, row["tiles"]["keys"]) in timed
+
+
+@pytest.mark.parametrize("text", ["[{", '[{"op": "a"}]', "7", None])
+def test_a_table_that_cannot_be_used_is_found_before_anything_is_timed(text, table, monkeypatch):
+    monkeypatch.setattr(tuning, "best", lambda _: pytest.fail("timed"))
+    if text is None:
+        table.unlink()
+    else:
+        table.write_text(text)
+
+    with pytest.raises(ValueError, match=r"tuned.json: expected a table of block sizes"):
+        tuning.tune("decode on rings", "float32", table)
+
+
+def test_a_table_is_replaced_as_a_whole(table, monkeypatch):
+    row = {"op": "a", "implementation": "b", "shape": "c", "device": "d", "milliseconds": 1.0}
+
+    def full(_: int):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(ValueError, match=r"No space left.*nothing has been timed"):
+            tuning.tune("decode on rings", "float32", table)
+        with pytest.raises(OSError, match="No space left"):
+            tuning.keep([row], table)
+
+    assert table.read_text() == "[]\n" and list(table.parent.iterdir()) == [table]
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError])

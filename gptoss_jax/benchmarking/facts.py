@@ -2,17 +2,23 @@
 """Findings of a run, one line of JSON each, on disk as soon as they are known.
 
 Several processes may write to one file: a line is appended by a single system call. What a killed
-process has written stays. Imports no jax. first_call.py makes the lines and the summary of them.
+process has written stays, and a line that was cut off costs no other. Imports no jax.
+first_call.py makes the lines and the summary of them.
 """
 
 import contextlib
+import errno
 import json
 import os
+import sys
+import textwrap
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+WIDTH = 180  # of a line of the summary
 
 
 class Facts:
@@ -23,8 +29,16 @@ class Facts:
         self.failed: list[str] = []  # cases that did not hold
 
     def write(self, fact: str, value: Any, unit: str = "", **more: Any) -> None:
-        """Append a line. Raises ValueError if a number in it is not finite."""
-        append(self.file, {"step": self.step, "fact": fact, "value": value, "unit": unit} | more)
+        """Append a line; one that cannot be written is printed, and counts as failed.
+
+        Raises ValueError if a number in it is not finite.
+        """
+        line = {"step": self.step, "fact": fact, "value": value, "unit": unit} | more
+        try:
+            append(self.file, line)
+        except OSError as error:
+            self.failed.append(f"{fact} is not written ({error})")
+            print(json.dumps(line), file=sys.stderr)
 
     @contextlib.contextmanager
     def case(self, fact: str) -> Iterator[None]:
@@ -33,28 +47,53 @@ class Facts:
             yield
         except Exception as error:
             self.failed.append(fact)
-            what = f"{type(error).__name__}: {error}"
-            self.write(fact, None, holds=False, error=what[:600])
+            self.write(fact, None, holds=False, error=_told(error)[:600])
+
+
+def _told(error: Exception) -> str:
+    """What an exception says; where it came from, if it says nothing."""
+    if str(error):
+        return f"{type(error).__name__}: {error}"
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at {place.filename}:{place.lineno}, {place.line}"
 
 
 def append(file: Path, line: Line) -> None:
     """One line of strict JSON at the end of a file, written before this returns.
 
-    Raises ValueError if a number is not finite: JSON has no word for it.
+    It begins anew after a line that was cut off. Raises ValueError if a number is not finite (JSON
+    has no word for it), OSError if there is no room for all of it: then nothing is added.
     """
     data = (json.dumps(line, allow_nan=False) + "\n").encode()
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, data)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            data = b"\n" + data
+        written = os.write(handle, data)
+        if written < len(data):
+            if os.fstat(handle).st_size == size + written:  # nobody has written since
+                os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
     finally:
         os.close(handle)
 
 
 def read(file: Path) -> list[Line]:
-    """The lines of the last run in a file."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The lines of the last run in a file; those that are no JSON are {"step": "unreadable"}."""
+    text = file.read_text(errors="replace") if file.exists() else ""
+    lines = [_parsed(line) for line in text.splitlines() if line.strip("\0 ")]
     starts = [number for number, line in enumerate(lines) if line["step"] == "start"]
     return lines[starts[-1] :] if starts else lines
+
+
+def _parsed(text: str) -> Line:
+    """A line; whatever is none, as what a power cut leaves, is an unreadable one."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        line = None
+    return line if isinstance(line, dict) and "step" in line else {"step": "unreadable"}
 
 
 def known(file: Path, fact: str) -> Any:
@@ -64,14 +103,21 @@ def known(file: Path, fact: str) -> Any:
 
 
 def write_report(report: Any, file: Path) -> None:
-    """A report as JSON, in place of what was there; a reader never sees half of it.
+    """A report as JSON, in place of what was there. Raises ValueError if a number is not finite."""
+    replace_text(json.dumps(report, indent=1, allow_nan=False) + "\n", file)
 
-    Raises ValueError if a number is not finite.
-    """
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+
+def replace_text(text: str, file: Path) -> None:
+    """Put a text in place of what is in a file; no reader, and no crash, ever finds half of it."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text)
-    partial.replace(file)
+    try:
+        with partial.open("w") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # The summary -------------------------------------------------------------------------------------
@@ -86,13 +132,23 @@ def summary(lines: list[Line], most: int = 60) -> list[str]:
     bad += [f"FAILED {_text(line)}" for line in facts if line.get("holds") is False]
     fine = [line for line in facts if line.get("holds") is not False and not line.get("minor")]
     good = [f"       {_text(line)}" for line in fine]
-    done = [f"{line['step']} {line['seconds']:.0f} s" for line in ends if line["status"] == "ok"]
     kernels = [text for line in facts for text in line.get("table", ())]
-    head = [f"       {line['step']}: {_why(line)}" for line in over if line.get("optional")]
-    head.append(f"ok: {', '.join(done) or 'nothing'}")
-    shown = [*bad, *good, *head]
-    left = max(0, most - len(shown))
-    return [line[:180] for line in [*bad, *kernels[:left], *good, *head][:most]]
+    last = _last_lines(lines, ends)
+    room = max(0, most - len(last))
+    left = max(0, room - len(bad) - len(good))
+    shown = [line[:WIDTH] for line in [*bad, *kernels[:left], *good]]
+    return [*shown[:room], *last][:most]
+
+
+def _last_lines(lines: list[Line], ends: list[Line]) -> list[str]:
+    """What failed and may, what could not be read, and the steps that are done."""
+    optional = [line for line in ends if line["status"] != "ok" and line.get("optional")]
+    told = [f"       {line['step']}: {_why(line)}"[:WIDTH] for line in optional]
+    if unreadable := sum(line["step"] == "unreadable" for line in lines):
+        told.append(f"       {unreadable} lines of the file cannot be read and are left out")
+    done = [f"{line['step']} {line['seconds']:.0f} s" for line in ends if line["status"] == "ok"]
+    text = f"ok: {', '.join(done) or 'nothing'}"
+    return [*told, *textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False)]
 
 
 def _why(line: Line) -> str:

@@ -24,13 +24,21 @@ def run(
     """Time every case whose name contains `match`; prints a table and a line of JSON.
 
     `dtype` is float32 or bfloat16; None is what suits the device. With `tune` block sizes are
-    looked for first, and the best ones kept for this kind of device.
+    looked for first, and the best ones kept for this kind of device. Raises ValueError if no case
+    that runs here has such a name.
     """
+    _expect_cases(match)
     dtype = dtype or ("float32" if target().platform == "cpu" else "bfloat16")
     if tune:
         tuning.tune(match, dtype)
     report = sweep(match, dtype, json_file)
     print(json.dumps(report, allow_nan=False))
+
+
+def _expect_cases(match: str) -> None:
+    if not any(op.cases(match) for op in (attention, experts)):
+        names = ", ".join(case.name for op in (attention, experts) for case in op.cases(""))
+        raise ValueError(f"match: expected a part of a case's name, got {match!r}; {names}")
 
 
 def sweep(match: str, dtype: str, json_file: Path | None = None) -> dict[str, Any]:

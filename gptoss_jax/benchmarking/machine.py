@@ -68,5 +68,5 @@ def commit() -> str:
 
     commit = (root / "pyproject.toml").is_file() and git("rev-parse", "--short", "HEAD")
     if not commit:
-        return os.environ.get("GPTOSS_JAX_COMMIT", "unknown")
+        return os.environ.get("GPTOSS_JAX_COMMIT") or "unknown"
     return commit + ("+" if git("status", "--porcelain", "--", "gptoss_jax", "benchmarks") else "")

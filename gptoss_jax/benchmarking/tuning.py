@@ -19,6 +19,7 @@ import numpy as np
 
 import gptoss_jax.kernels
 from gptoss_jax.benchmarking import attention, experts, nearness
+from gptoss_jax.benchmarking.facts import replace_text
 from gptoss_jax.benchmarking.timing import time_chain
 from gptoss_jax.device import interpreting, target
 from gptoss_jax.kernels.dispatch import forget_tuned
@@ -63,12 +64,25 @@ def tune(
     """Find and keep the sizes of every class that a case whose name contains `match` belongs to.
 
     Without a `table` it is that of the package, without an `implementation` the one in use here.
-    Raises whatever the sizes raise that are in use now: only others may fail.
+    Raises ValueError, before anything is timed, if the table cannot be read or written, and
+    whatever the sizes raise that are in use now: only others may fail.
     """
+    _expect_table(table or TABLE)
     for cases in (_of_attention, _of_experts):
         for candidates in cases(match, dtype, implementation):
             keep([best(candidates)], table or TABLE)
     forget_tuned()
+
+
+def _expect_table(table: Path) -> None:
+    """Write the table as it is, which shows that it can be read and written."""
+    try:
+        _write(_rows(table), table)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{table}: expected a table of block sizes that can be read and written, got "
+            f"{type(error).__name__}: {error}; mend that first, nothing has been timed"
+        ) from None
 
 
 def _of_attention(match: str, dtype: str, implementation: str | None) -> Iterator[Candidates]:
@@ -93,6 +107,7 @@ def _of_experts(match: str, dtype: str, implementation: str | None) -> Iterator[
     for shape, case in _largest(experts, match, dtype).items():
         choice, tiles = experts_api.choose(experts.problem_of(case, dtype), implementation)
         if tiles is None:
+            print(f"{case.name}, {choice.name}: there are no block sizes to choose")
             continue
         given = experts.inputs_of(case, dtype, choice.module.ORDER)
         x = given.pop("x")
@@ -179,9 +194,6 @@ def keep(rows: Iterable[dict[str, Any]], table: Path) -> None:
     Raises ValueError for a row that has no time: what was not measured is not kept.
     """
 
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["op"], row["implementation"], row["shape"], row["device"]
-
     rows = list(rows)
     for row in rows:
         if not 0 < row["milliseconds"] < math.inf:
@@ -189,7 +201,17 @@ def keep(rows: Iterable[dict[str, Any]], table: Path) -> None:
                 f"milliseconds: expected a time above 0 for {row['shape']}, got "
                 f"{row['milliseconds']!r}; nothing is kept, tune again"
             )
-    known = {key(row): row for row in json.loads(table.read_text())}
-    known |= {key(row): row for row in rows}
-    lines = [json.dumps(known[name], allow_nan=False) for name in sorted(known)]
-    table.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+    _write(_rows(table) | {_key(row): row for row in rows}, table)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["op"], row["implementation"], row["shape"], row["device"]
+
+
+def _rows(table: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    return {_key(row): row for row in json.loads(table.read_text())}
+
+
+def _write(rows: dict[tuple[str, ...], dict[str, Any]], table: Path) -> None:
+    lines = [json.dumps(rows[key], allow_nan=False) for key in sorted(rows)]
+    replace_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n", table)
