@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first call on a GPU: what is written stays, whatever happens, and what is wrong is found."""
 
+import fcntl
 import json
 import os
 import re
@@ -153,30 +154,171 @@ def test_shared_steps_run_side_by_side_and_others_alone(tmp_path):
     assert found == {"one": "ok", "two": "ok", "three": "timed out", "four": "ok"}
 
 
-def test_a_signal_ends_what_runs_and_still_leaves_a_summary(tmp_path):
-    code = (
-        "import sys\nfrom pathlib import Path\n"
-        "from gptoss_jax.benchmarking import first_call as f\n"
-        "sleep = (sys.executable, '-c', 'import time; time.sleep(600)')\n"
-        "f.STAGES = tuple(f.Stage(name, 600, command=sleep) for name in ('one', 'two'))\n"
-        "sys.exit(f.first_call(Path(sys.argv[1]), rehearse=True))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    file = tmp_path / "gpu-cpu-rehearsal.jsonl"
-    while not file.exists():
-        time.sleep(0.05)
-    time.sleep(1.0)
+SLEEPERS = (
+    "import sys\nfrom pathlib import Path\n"
+    "from gptoss_jax.benchmarking import first_call as f\n"
+    "write = 'import os, time; open(str(os.getpid()), \"w\").close(); time.sleep(600)'\n"
+    "command = (sys.executable, '-c', write)\n"
+    "f.STAGES = tuple(f.Stage(name, 600, command=command) for name in ('one', 'two'))\n"
+    "parent = int(sys.argv[1]) if sys.argv[1:] else None\n"
+    "sys.exit(f.first_call(Path('out'), rehearse=True, parent=parent))\n"
+)
 
-    process.terminate()
+
+def until(holds, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, even if nobody has asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(file.name) for file in folder.iterdir() if file.name.isdigit()]
+
+
+@pytest.mark.parametrize("how", first_call.STOPPING, ids=lambda how: how.name)
+def test_a_signal_ends_what_runs_and_still_leaves_a_summary(how, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPERS], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    until(lambda: len(pids(tmp_path)) == 2)
+
+    process.send_signal(how)
     out, _ = process.communicate(timeout=60)
 
-    assert process.returncode == 1
-    assert {line["status"] for line in ends(strict(file.read_text())).values()} <= {
-        *("killed", "skipped")
-    }
-    assert re.search(r"^FAILED one: ", out, re.M) and re.search(r"^FAILED two: ", out, re.M)
+    assert process.returncode == 1 and all(gone(pid) for pid in pids(tmp_path))
+    found = ends(strict((tmp_path / "out" / "gpu-cpu-rehearsal.jsonl").read_text()))
+    assert {line["error"] for line in found.values()} == {f"stopped by {how.name}"}
+    assert re.search(rf"^FAILED one: killed .*: stopped by {how.name}$", out, re.M)
+    assert re.search(r"^FAILED two: ", out, re.M)
+
+
+def test_a_run_stops_when_the_process_that_began_it_is_gone(tmp_path):
+    begin = (
+        "import os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {SLEEPERS!r}, str(os.getpid())])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    until(lambda: len(pids(tmp_path)) == 2)
+
+    process.kill()
+    out, _ = process.communicate(timeout=60)  # of the run, which outlives its parent for a moment
+
+    assert all(gone(pid) for pid in pids(tmp_path))
+    assert re.search(r"^FAILED one: killed .* the process that began it is gone$", out, re.M)
+
+
+def test_a_step_and_what_it_has_started_end_with_their_parent(tmp_path):
+    write = "import os, time; open(str(os.getpid()), 'w').close(); time.sleep(600)"
+    step = (
+        "import os, subprocess, sys\nfrom gptoss_jax.benchmarking import lifeline\n"
+        f"lifeline.watch(int(sys.argv[1]))\nsubprocess.Popen([sys.executable, '-c', {write!r}])\n"
+        f"{write}\n"
+    )
+    begin = (
+        "import os, subprocess, sys\n"
+        f"subprocess.Popen([sys.executable, '-c', {step!r}, str(os.getpid())],"
+        " start_new_session=True).wait()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", begin], cwd=tmp_path)
+    until(lambda: len(pids(tmp_path)) == 2)
+    time.sleep(1.0)
+    assert not any(gone(pid) for pid in pids(tmp_path))
+
+    process.kill()
+    process.wait()
+
+    until(lambda: all(gone(pid) for pid in pids(tmp_path)), 10)
+
+
+def test_a_step_that_was_begun_while_the_run_was_stopped_ends(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    runner = Runner(file, 60, say=str)
+
+    class Late(set):
+        def add(self, process):
+            runner.stop("stopped by SIGTERM")  # and does not know of it
+            super().add(process)
+
+    runner._running = Late()
+    runner.run([Stage("late", 50, command=("sleep", "40"))])
+
+    found = ends(strict(file.read_text()))["late"]
+    assert (found["status"], found["error"]) == ("killed", "stopped by SIGTERM")
+    assert found["seconds"] < 20
+
+
+def test_two_runs_do_not_share_a_file(tmp_path):
+    file = tmp_path / "gpu-cpu-rehearsal.jsonl"
+    append(file, {"step": "start"})
+
+    with file.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        append(file, {"step": "of the other run"})  # its steps are not hindered
+        done = mistaken(tmp_path, "--rehearse", ".")
+
+    assert done == f"another run writes to {file.name}; wait for its end or name another FOLDER"
+    assert [line["step"] for line in strict(file.read_text())] == ["start", "of the other run"]
+
+
+def mistaken(folder: Path, *arguments: str, what: str = "first-call", **env: str) -> str:
+    """All that is said of a mistake: one sentence."""
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gptoss_jax.benchmarking", what, *arguments],
+        **{"env": kept | env, "capture_output": True, "text": True, "cwd": folder},
+    )
+    assert done.returncode == 1 and not done.stdout
+    return done.stderr.strip()
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    said = mistaken(tmp_path, "--rehearse", ONLY="warm lora")
+    assert said.startswith("ONLY: expected a part of a step's name, got 'warm lora'; machine, ")
+    assert said.endswith("decode-bf16") and "warm batches" not in said and "warm decode," in said
+    for limit in ("0", "-1", "1.5", "soon", "010"):
+        said = mistaken(tmp_path, "--rehearse", LIMIT=limit)
+        assert said.startswith("LIMIT: expected a positive whole number") and "\n" not in said
+    said = mistaken(tmp_path, PATH=str(tmp_path))  # where no nvidia-smi is
+    assert said.startswith("no GPU found: ") and "--rehearse" in said and "\n" not in said
+    (tmp_path / "file").touch()
+    said = mistaken(tmp_path, "--rehearse", "file")
+    assert said.startswith("FOLDER: file/gpu-") and "\n" not in said
+    env = {"JAX_PLATFORMS": "cpu"}
+    said = mistaken(tmp_path, "bogus", "--facts", os.devnull, what="step", **env)
+    assert said.startswith("step: expected one of machine, ") and said.endswith("got 'bogus'")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_script_refuses_a_limit_that_is_none(tmp_path):
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--rehearse", tmp_path],
+        **{"env": os.environ | {"LIMIT": "1+1"}, "capture_output": True, "text": True},
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("LIMIT: expected a positive whole number of seconds, got '1+1'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_name_of_the_share_of_memory_reaches_a_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")  # jaxlib refuses to have both
+    file = tmp_path / "gpu.jsonl"
+    code = "print(sorted(name for name in os.environ if 'MEM_FRACTION' in name))\nsys.exit(1)"
+
+    Runner(file, 60, say=str).run([stage("looks", file, code)])
+
+    assert ends(strict(file.read_text()))["looks"]["tail"] == ["['XLA_PYTHON_CLIENT_MEM_FRACTION']"]
 
 
 # Facts -------------------------------------------------------------------------------------------
@@ -209,6 +351,84 @@ def test_facts_are_those_of_the_last_run(tmp_path):
 
     assert known(file, "copy") == 2.0 and known(file, "only then") is None
     assert [line["value"] for line in read(file)] == ["x", 2.0]
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+    file = tmp_path / "facts"
+    append(file, {"step": "start"})
+    torn = '{"step": "a", "fact": "copy", "val'
+    for cut in (torn, "\0\0\0\0" + torn, "7\n[]\n"):
+        with file.open("a") as opened:
+            opened.write(cut)
+        Facts(file, "a").write("copy", 2.0, "GB/s")
+
+    assert known(file, "copy") == 2.0
+    readable = [line for line in read(file) if line["step"] != "unreadable"]
+    assert [line["step"] for line in readable] == ["start", "a", "a", "a"]
+    assert summary(read(file))[-2] == "       4 lines of the file cannot be read and are left out"
+
+
+FULL = (  # a disk with room for 100 bytes of each file
+    "import resource, sys\nfrom pathlib import Path\n"
+    "from gptoss_jax.benchmarking.facts import Facts, append\n"
+    "from gptoss_jax.benchmarking.first_call import Runner, Stage\n"
+    "file = Path(sys.argv[1])\nappend(file, {'step': 'start'})\n"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+)
+
+
+def in_a_full_folder(file: Path, code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", FULL + code, file], capture_output=True, text=True, check=True
+    )
+
+
+def test_a_fact_that_finds_no_room_is_printed_and_half_of_it_is_not_left(tmp_path):
+    file = tmp_path / "facts"
+    code = "facts = Facts(file, 'a')\nfacts.write('x' * 99, 7)\nprint(facts.failed)"
+
+    done = in_a_full_folder(file, code)
+
+    assert strict(file.read_text()) == [{"step": "start"}]
+    (line,) = strict(done.stderr)
+    assert (line["fact"], line["value"]) == ("x" * 99, 7)
+    assert "is not written ([Errno 28] No space left" in done.stdout
+
+
+def test_a_run_goes_on_where_its_file_has_no_room(tmp_path):
+    code = (
+        "runner = Runner(file, 60)\nruns = sys.executable, '-c', 'pass'\n"
+        "runner.run([Stage(name * 99, 30, command=runs) for name in 'ab'])\n"
+        "print(*runner.failed)"
+    )
+
+    done = in_a_full_folder(tmp_path / "facts", code)
+
+    assert done.stdout.count("is not written: [Errno 28] No space left") == 2
+    assert done.stdout.splitlines()[-1] == f"{'a' * 99} {'b' * 99}"
+
+
+def test_an_exception_without_words_has_its_place(tmp_path):
+    facts = Facts(tmp_path / "facts", "a")
+
+    with facts.case("empty"):
+        raise AssertionError
+
+    (line,) = read(tmp_path / "facts")
+    place, _, text = line["error"].partition(", ")
+    assert place.startswith(f"AssertionError at {__file__}:") and text == "raise AssertionError"
+
+
+def test_the_steps_that_are_done_are_all_named(tmp_path):
+    names = [f"a-long-name-of-step-{number}" for number in range(40)]
+    lines = [{"step": name, "status": "ok", "seconds": 1.0, "exit": 0} for name in names]
+    facts = [{"step": "a", "fact": f"f{n}", "value": n, "unit": ""} for n in range(90)]
+
+    shown = summary([*facts, *lines])
+
+    assert len(shown) == 60 and max(map(len, shown)) <= 180
+    text = " ".join(" ".join(shown).partition("ok: ")[2].split())
+    assert text == ", ".join(f"{name} 1 s" for name in names)
 
 
 def test_the_summary_has_failures_first_and_sixty_lines_at_most(tmp_path):
@@ -251,13 +471,13 @@ def bare(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """One run of the script on CPU, with nothing but jax and flax."""
+    """One run of the script on CPU, with jax, flax, optax and jaxtyping alone."""
     folder = tmp_path_factory.mktemp("rehearsal")
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "ONLY")}
     env |= {"PYTHONPATH": bare(folder), "GPTOSS_JAX_CACHE": str(folder / "cache"), "LIMIT": "500"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     done = subprocess.run(
-        [ROOT / "benchmarks" / "gpu.sh", "--rehearse", folder / "out"],
+        [ROOT / "benchmarks" / "gpu.sh", "--rehearse", "out"],  # in the folder where one stands
         **{"env": env, "capture_output": True, "text": True, "cwd": folder},
     )
     return done, strict((folder / "out" / "gpu-cpu-rehearsal.jsonl").read_text())

@@ -9,6 +9,7 @@ steps.
 
 import contextlib
 import datetime
+import fcntl
 import itertools
 import os
 import re
@@ -17,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from gptoss_jax.benchmarking import lifeline
 from gptoss_jax.benchmarking.facts import append, read, summary
 from gptoss_jax.benchmarking.machine import commit, cpu_model, versions
 from gptoss_jax.folders import cache_folder
@@ -33,9 +35,11 @@ TAIL = 12  # lines of its output that are kept of a step that went wrong
 LEAST = 8  # a step that has less left is not begun
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # of one process that has the device alone
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of several at a time
+OTHER_NAME = "XLA_CLIENT_MEM_FRACTION"  # of the first; jaxlib refuses to have both
 XLA_KERNELS = {"GPTOSS_JAX_KERNELS": "xla"}
 REHEARSAL = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 NO_GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stage(NamedTuple):
@@ -72,31 +76,105 @@ STAGES = (
 )
 
 
-def first_call(folder: Path, *, rehearse: bool = False) -> int:
-    """Run all stages whose names contain $ONLY; the exit status is 1 if any of them failed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def first_call(folder: Path, *, rehearse: bool = False, parent: int | None = None) -> int:
+    """Run all stages whose names contain $ONLY; the exit status is 1 if any of them failed.
+
+    With a `parent` the run is stopped once that process is gone, as by a signal. A mistake in the
+    environment, and a folder that cannot be written, is a SystemExit of one sentence.
+    """
+    only = os.environ.get("ONLY", "")
+    stages = _chosen(only, rehearse)
+    deadline = _deadline(REHEARSAL_DEADLINE if rehearse else DEADLINE)
     kind = "CPU rehearsal" if rehearse else _device_name()
     file = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', kind.lower())}.jsonl"
-    only = os.environ.get("ONLY", "")
-    stages = [stage for stage in STAGES if only in stage.name]
+    flags = ("--rehearse",) if rehearse else ()
+    env = REHEARSAL if rehearse else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda"}
+    with _alone(file):
+        _begin(file, _start(kind, deadline, only))
+        runner = Runner(file, deadline, env=env, flags=flags)
+        with _stopped_by_signals(runner, parent):
+            try:
+                runner.run(stages)
+            finally:
+                print(f"\n{file}", *summary(read(file)), sep="\n", flush=True)
+    return 1 if runner.failed else 0
+
+
+def results_folder() -> Path:
+    """Where results go if no folder is named: in the repository, or here if there is none."""
+    root = Path(__file__).parents[2]
+    return (root if (root / "pyproject.toml").is_file() else Path()) / "benchmarks" / "results"
+
+
+def _chosen(only: str, rehearse: bool) -> list[Stage]:
+    stages = list(STAGES)
     if rehearse:  # nothing is timed in earnest, and to compile one step early shows that it works
         stages = [stage for stage in stages if not stage.warm or stage.name == "warm decode"]
         stages = [stage._replace(shared=True) for stage in stages]
-    if not stages:
-        names = [stage.name for stage in STAGES]
+    chosen = [stage for stage in stages if only in stage.name]
+    if not chosen:
+        names = ", ".join(stage.name for stage in stages)
+        raise SystemExit(f"ONLY: expected a part of a step's name, got {only!r}; {names}")
+    return chosen
+
+
+def _deadline(usual: int) -> int:
+    given = os.environ.get("LIMIT", "")
+    if given and not re.fullmatch("[1-9][0-9]{0,5}", given):
         raise SystemExit(
-            f"ONLY: expected a part of a step's name, got {only!r}; {', '.join(names)}"
+            f"LIMIT: expected a positive whole number of seconds, got {given!r}; leave it out for "
+            f"{usual}"
         )
-    flags = ("--rehearse",) if rehearse else ()
-    env = REHEARSAL if rehearse else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda"}
-    deadline = int(os.environ.get("LIMIT", "") or (REHEARSAL_DEADLINE if rehearse else DEADLINE))
-    append(file, _start(kind, deadline, only))
-    runner = Runner(file, deadline, env=env, flags=flags)
+    return int(given or usual)
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keep other runs from this file; the steps of this one just append to it."""
     try:
-        runner.run(stages)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("a")
+    except OSError as error:
+        raise SystemExit(f"FOLDER: {file} cannot be written: {error}; name another") from None
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"another run writes to {file}; wait for its end or name another FOLDER"
+            ) from None
+        except OSError as error:  # some network folders have no locks
+            print(f"{file} cannot be locked ({error}); start no other run that writes to it")
+        yield
+
+
+def _begin(file: Path, line: dict) -> None:
+    """Write the first line, without which the others would be taken for the last run's."""
+    try:
+        append(file, line)
+    except OSError as error:
+        raise SystemExit(f"FOLDER: {file} cannot be written: {error}; name another") from None
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(runner: "Runner", parent: int | None) -> Iterator[None]:
+    """Let signals, and the end of a parent, stop what runs; what is inside goes on to its end.
+
+    A SIGHUP that is ignored already, as under nohup, stays so.
+    """
+
+    def stop(how: int, _: Any) -> None:
+        runner.stop(f"stopped by {signal.Signals(how).name}")
+
+    heeded = [how for how in STOPPING if signal.getsignal(how) is not signal.SIG_IGN]
+    before = {how: signal.signal(how, stop) for how in heeded}
+    if parent is not None:
+        lifeline.watch(parent, lambda: runner.stop("stopped: the process that began it is gone"))
+    try:
+        yield
     finally:
-        print(f"\n{file}", *summary(read(file)), sep="\n", flush=True)
-    return 1 if runner.failed else 0
+        for how, handler in before.items():
+            signal.signal(how, handler)
 
 
 def _start(kind: str, deadline: int, only: str) -> dict:
@@ -119,7 +197,13 @@ def _start(kind: str, deadline: int, only: str) -> dict:
 
 
 def _device_name() -> str:
-    return _asked("name") or "unknown"
+    name = _asked("name")
+    if not name and not os.environ.get("JAX_PLATFORMS"):
+        raise SystemExit(
+            "no GPU found: nvidia-smi names none; --rehearse runs the steps on CPU, and "
+            "JAX_PLATFORMS=cuda on a GPU that nvidia-smi does not know"
+        )
+    return name or "unknown"
 
 
 def _asked(field: str) -> str:
@@ -147,23 +231,21 @@ class Runner:
         self.file, self.say, self.flags = file, say, tuple(flags)
         self.end = time.monotonic() + deadline
         self.failed: list[str] = []
-        self._env = os.environ | _cache() | dict(env or {})
+        self.stopped = ""  # why, if it was
+        inherited = {name: value for name, value in os.environ.items() if name != OTHER_NAME}
+        self._env = inherited | _cache() | dict(env or {})
         self._running: set[subprocess.Popen] = set()
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """All of them, whatever fails. SIGTERM and SIGINT end what runs and skip the rest."""
-        before = {how: signal.signal(how, self._stop) for how in (signal.SIGTERM, signal.SIGINT)}
+        """All of them, whatever fails."""
         at_once = max(2, (os.cpu_count() or 2) - 4)
-        try:
-            for shared, group in itertools.groupby(stages, lambda stage: stage.shared):
-                with ThreadPoolExecutor(at_once if shared else 1) as pool:
-                    list(pool.map(self._one, group))
-        finally:
-            for how, handler in before.items():
-                signal.signal(how, handler)
+        for shared, group in itertools.groupby(stages, lambda stage: stage.shared):
+            with ThreadPoolExecutor(at_once if shared else 1) as pool:
+                list(pool.map(self._one, group))
 
-    def _stop(self, *_: Any) -> None:
+    def stop(self, why: str) -> None:
         """End what runs; what has not begun will be skipped."""
+        self.stopped = self.stopped or why
         self.end = 0.0
         for process in list(self._running):
             _kill(process, signal.SIGKILL)
@@ -171,14 +253,20 @@ class Runner:
     def _one(self, stage: Stage) -> None:
         left = self.end - time.monotonic() - 2 * GRACE
         if left < LEAST:
-            self._note(stage, "skipped", 0.0, None, "the time for all steps is over")
+            why = self.stopped or "the time for all steps is over"
+            self._note(stage, "skipped", 0.0, None, why)
             return
-        with tempfile.TemporaryFile() as log:
-            began = time.monotonic()
-            status, code = self._watched(stage, min(stage.seconds, left), log)
-            lines = [] if status == "ok" else _log_lines(log)
-            error = None if status == "ok" else _last_error(lines)
-            self._note(stage, status, time.monotonic() - began, code, error, lines[-TAIL:])
+        began = time.monotonic()
+        try:
+            with tempfile.TemporaryFile() as log:
+                status, code = self._watched(stage, min(stage.seconds, left), log)
+                lines = [] if status == "ok" else _log_lines(log)
+        except OSError as error:  # no room for its output, no memory for one more process
+            status, code, lines = "failed", None, [f"{type(error).__name__}: {error}"]
+        error = None if status == "ok" else _last_error(lines)
+        if status in ("killed", "timed out"):
+            error = self.stopped or error
+        self._note(stage, status, time.monotonic() - began, code, error, lines[-TAIL:])
 
     def _watched(self, stage: Stage, limit: int | float, log: IO[bytes]) -> tuple[str, int | None]:
         """Run a stage for so long at most: how it ended, and its exit status."""
@@ -188,6 +276,8 @@ class Runner:
         command = stage.command or self._command(stage)
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         self._running.add(process)
+        if self.stopped:  # while it was begun
+            _kill(process, signal.SIGKILL)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -200,7 +290,8 @@ class Runner:
     def _command(self, stage: Stage) -> tuple[str, ...]:
         module = sys.executable, "-m", "gptoss_jax.benchmarking"
         what = "step", stage.step or stage.name, "--label", stage.name, "--facts", str(self.file)
-        return *module, *what, *self.flags, *(("--warm",) if stage.warm else ())
+        how = *self.flags, "--parent", str(os.getpid()), *(("--warm",) if stage.warm else ())
+        return *module, *what, *how
 
     def _note(
         self,
@@ -214,10 +305,19 @@ class Runner:
         line = {"step": stage.name, "status": status, "seconds": round(seconds, 1), "exit": code}
         line |= {"optional": True} if stage.warm else {}
         more = {"error": error, "tail": [line[:300] for line in tail]} if error else {}
-        append(self.file, line | more)
-        self.say(f"{stage.name:<20} {status:<10} {seconds:6.1f} s  {error or ''}")
+        self._tell(f"{stage.name:<20} {status:<10} {seconds:6.1f} s  {error or ''}")
         if status != "ok" and not stage.warm:  # a step compiles by itself what is not there yet
             self.failed.append(stage.name)
+        try:
+            append(self.file, line | more)
+        except OSError as problem:
+            self._tell("\n".join([f"{self.file} is not written: {problem}", *tail]))
+            self.failed.append(stage.name)
+
+    def _tell(self, text: str) -> None:
+        """Say something; a terminal that is gone is no reason to stop."""
+        with contextlib.suppress(OSError):
+            self.say(text)
 
 
 def _cache() -> dict[str, str]:

@@ -70,7 +70,13 @@ SPEEDS = {
 
 
 def run_step(what: str, name: str, file: Path, *, rehearse: bool, warm: bool) -> int:
-    """Run one step here and write its facts, under a name; the exit status is 1 if any is wrong."""
+    """Run one step here and write its facts, under a name; the exit status is 1 if any is wrong.
+
+    Raises SystemExit, one sentence, if there is no such step.
+    """
+    if what not in CHECKS | SPEEDS:
+        names = ", ".join(CHECKS | SPEEDS)
+        raise SystemExit(f"step: expected one of {names}, got {what!r}")
     sizes = tiny_sizes() if rehearse else published_sizes()
     facts = Facts(Path(os.devnull) if warm else file, name)
     cached = _count_compilations()
