@@ -21,5 +21,9 @@ root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # The user stands anywhere: what lies there is not to be imported.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 # In the foreground Ctrl-C reaches it from wherever it was begun; `timeout` keeps this process's id.
-exec timeout --foreground --kill-after=5 $((${LIMIT:-460} + 15)) \
-    python3 -m gptoss_jax.benchmarking first-call --parent $$ "$@"
+run=(timeout --foreground --kill-after=5 $((${LIMIT:-460} + 15)) python3)
+parent=(--parent $$)
+if [[ -n $(trap -p HUP) ]]; then # ignored, as under nohup: `timeout` would heed it all the same
+    run=(python3) parent=()
+fi
+exec "${run[@]}" -m gptoss_jax.benchmarking first-call "${parent[@]}" "$@"

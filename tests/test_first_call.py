@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -309,6 +310,29 @@ def test_the_script_refuses_a_limit_that_is_none(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("LIMIT: expected a positive whole number of seconds, got '1+1'")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("nohup", [(), ("nohup",)], ids=["plain", "nohup"])
+def test_a_dropped_connection_stops_the_script_but_not_under_nohup(nohup, tmp_path):
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [*nohup, ROOT / "benchmarks" / "gpu.sh", "--rehearse", "."],
+        env=env | {"ONLY": "races"},
+        cwd=tmp_path,
+        text=True,
+        stdin=subprocess.DEVNULL,  # nohup says nothing of it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    file = tmp_path / "gpu-cpu-rehearsal.jsonl"
+    until(lambda: file.exists() and file.stat().st_size)
+    time.sleep(0.5)
+
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=60)
+
+    assert process.returncode == (0 if nohup else 1)
+    assert ("stopped by SIGHUP" in out) == (not nohup) and ("ok: races" in out) == bool(nohup)
 
 
 def test_one_name_of_the_share_of_memory_reaches_a_step(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ class Runner:
         *,
         env: Mapping[str, str] | None = None,
         flags: Sequence[str] = (),
-        say: Callable[[str], None] = print,
+        say: Callable[[str], object] = print,
     ):
         self.file, self.say, self.flags = file, say, tuple(flags)
         self.end = time.monotonic() + deadline
