@@ -66,7 +66,24 @@ class Compiler:
             lowered = jax.jit(fresh, donate_argnums=donate).lower(
                 *jax.tree_util.tree_map_with_path(place, shapes)
             )
-            return lowered.compile()
+            return Program(lowered, lowered.compile())
+
+
+class Program:
+    """A compiled program. Where this jaxlib cannot read the text of what a newer libtpu has made,
+    as that of jax 0.10 for a v6e, its text is that of what it was compiled from."""
+
+    def __init__(self, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled):
+        self.lowered, self.compiled = lowered, compiled
+
+    def __getattr__(self, name: str):
+        return getattr(self.compiled, name)
+
+    def as_text(self) -> str:
+        try:
+            return self.compiled.as_text() or ""
+        except jax.errors.JaxRuntimeError:
+            return self.lowered.as_text()
 
 
 ONE_DEVICE = ["v5e", "v6e", pytest.param("v5p", marks=pytest.mark.slow), "h100"]

@@ -16,7 +16,7 @@ from nearness import assert_near
 
 from gptoss_jax import device
 from gptoss_jax.kernels.sink_attention import Context, cases, reference, sink_attention
-from gptoss_jax.kernels.sink_attention.api import Problem, run
+from gptoss_jax.kernels.sink_attention.api import Problem, run, static_of
 from gptoss_jax.kernels.sink_attention.flash import Places, Tiles
 
 B, T, S = 3, 32, 40  # T new tokens, S slots of a cache; both of all devices together
@@ -289,7 +289,8 @@ def test_folded_rows_in_blocks_that_have_to_be_filled(form, case):
         segments = places.q_segments is not None
         problem = Problem(B, q.shape[1], k.shape[1], N, K, H, "float32", case.window, segments)
         assert problem.few_tokens
-        return run(Folding, problem, Tiles(5, 3), False, context, q, k, v, sinks, places)
+        static = static_of(Folding, problem, Tiles(5, 3))
+        return run(static, problem, context, q, k, v, sinks, places)
 
     with jax.default_matmul_precision("highest"):
         found = with_gradients(over(mesh_of(4), form, attend))(*given(inputs, dout))
