@@ -3,8 +3,8 @@
 
 That is the default device and the fastest kernels, unless a program is compiled for hardware that
 is not there (`compiling_for`) or our kernels are taken out (`use_kernels`). jax keeps traces by
-function and shapes alone, so whatever keeps a program keeps it for a `Context`. Asking touches no
-device before the first call.
+function and shapes alone, so whatever keeps a program keeps it for a `TraceContext`. Asking touches
+no device before the first call.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def _known(name: str, what: str) -> str:
     return name
 
 
-class Context(NamedTuple):
+class TraceContext(NamedTuple):
     """All that a trace depends on beside a function and its arguments; see `in_this_context`."""
 
     target: Target
@@ -129,9 +129,9 @@ class Context(NamedTuple):
     interpreting: bool
 
 
-def context() -> Context:
+def trace_context() -> TraceContext:
     """That of now."""
-    return Context(target(), *wanted_kernels(), interpreting())
+    return TraceContext(target(), *wanted_kernels(), interpreting())
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -139,7 +139,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def in_this_context(function: F) -> F:
     """Make a function run, whenever it is traced, in the context of now."""
-    here = context()
+    here = trace_context()
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -166,12 +166,12 @@ def program_cache(maxsize: int) -> Callable[[F], F]:
 
     def decorate(make: F) -> F:
         @functools.lru_cache(maxsize=maxsize)
-        def made(here: Context, *args: Any) -> Any:
+        def made(here: TraceContext, *args: Any) -> Any:
             return make(*args)
 
         @functools.wraps(make)
         def find(*args: Any) -> Any:
-            return made(context(), *args)
+            return made(trace_context(), *args)
 
         return find  # pyright: ignore[reportReturnType]
 

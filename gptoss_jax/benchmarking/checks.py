@@ -130,8 +130,7 @@ def experts_forward(facts: Facts, sizes: Sizes) -> None:
         nearness.compare(
             facts,
             f"experts, {rows:,} rows",
-            lambda given=given: {"y": _mix(given)},
-            lambda given=given: {"y": _mix(given, exact=True)},
+            lambda exact, given=given: {"y": _mix(given, exact=exact)},
             experts_cases.TOLERANCES[DTYPE],
             seed=seed,
         )
@@ -144,8 +143,7 @@ def experts_gradients(facts: Facts, sizes: Sizes) -> None:
     nearness.compare(
         facts,
         f"experts, gradients at {rows:,} rows",
-        lambda: _mix_gradients(given),
-        lambda: _mix_gradients(given, exact=True),
+        lambda exact: _mix_gradients(given, exact=exact),
         experts_cases.GRADIENT_TOLERANCES[DTYPE],
         seed=seed,
     )
@@ -266,8 +264,7 @@ def attention_forward(facts: Facts, sizes: Sizes) -> None:
         nearness.compare(
             facts,
             f"attention, {name}",
-            lambda given=given: {"out": _attend(given)},
-            lambda given=given: {"out": _attend(given, exact=True)},
+            lambda exact, given=given: {"out": _attend(given, exact=exact)},
             attention_cases.TOLERANCES[DTYPE],
             seed=seed,
         )
@@ -280,8 +277,7 @@ def attention_gradients(facts: Facts, sizes: Sizes) -> None:
         nearness.compare(
             facts,
             f"attention, gradients at {sizes.attention.trained:,}, window {window}",
-            lambda given=given: _attend_gradients(given),
-            lambda given=given: _attend_gradients(given, exact=True),
+            lambda exact, given=given: _attend_gradients(given, exact=exact),
             attention_cases.GRADIENT_TOLERANCES[DTYPE],
             seed=seed,
         )

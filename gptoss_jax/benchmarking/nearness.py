@@ -29,21 +29,21 @@ class Wrong(ValueError):
 def compare(
     facts: Facts,
     name: str,
-    run: Callable[[], Any],
-    reference: Callable[[], Any],
+    run: Callable[[bool], dict[str, jax.Array]],
     table: Table,
     **more: Any,
 ) -> None:
-    """Write down how far the results of `run` are from the reference, and if they repeat exactly.
+    """Write down how far results are from the reference, and if they repeat exactly.
 
-    Both return a dict of arrays. `table` has (quantile, largest |difference| there) in units of the
-    root mean square, as in cases.py. Whatever fails is a line of its own, and does not raise.
+    `run` gives a dict of arrays: `run(False)` what is looked at, `run(True)` the reference. `table`
+    has (quantile, largest |difference| there) in units of the root mean square, as in cases.py.
+    Whatever fails is a line of its own, and does not raise.
     """
     with facts.case(name):
-        first = _fetched(run())
-        exact = _fetched(reference())
+        first = _fetched(run(False))
+        exact = _fetched(run(True))
         errors = {part: distance(first[part], exact[part], table) for part in exact}
-        same = all(_equal(first, _fetched(run())) for _ in range(REPEATS))
+        same = all(_equal(first, _fetched(run(False))) for _ in range(REPEATS))
         problems = [
             f"{part}: quantile {quantile} is {found:.2e}, allowed {bound:.1e}"
             for part, quantiles in errors.items()

@@ -19,8 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gptoss_jax import compat
+from gptoss_jax.device import interpreting
 
 MOST_ELEMENTS = (1 << 31) - 1  # of an array that is written: offsets are of 32 bits in places
+
+
+def why_not(kind: str) -> list[str]:
+    """Every reason why a device of this kind cannot run any of this."""
+    if interpreting() or kind.startswith(("NVIDIA H", "NVIDIA GH")):
+        return []
+    return [f"written for Hopper (H100, H200, GH200), the device is {kind}; use 'xla'"]
 
 
 class Ring(NamedTuple):

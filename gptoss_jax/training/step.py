@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from gptoss_jax.device import Context, context, in_this_context, program_cache
+from gptoss_jax.device import TraceContext, in_this_context, program_cache, trace_context
 from gptoss_jax.model.cache import new_positions
 from gptoss_jax.model.placed import leaf_specs
 from gptoss_jax.model.transformer import Transformer
@@ -123,7 +123,7 @@ class Step:
         self._graph = _graph_of(model, options.remat)
         shardings = self._shardings(self._abstract())
         self._lies = jax.tree.flatten((shardings, self.where and self.where.sharding()))
-        self._programs: dict[Context, Any] = {}
+        self._programs: dict[TraceContext, Any] = {}
 
     def __call__(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Numbers]:
         """The next state, and the numbers of this step. The old state's buffers are donated."""
@@ -131,8 +131,11 @@ class Step:
 
     @property
     def program(self) -> Any:
-        """The jitted step, for the kernels that are wanted now."""
-        here = context()
+        """The jitted step, for the kernels that are wanted now.
+
+        Kept here, too: to look it up in a cache takes a hash of the graph, a millisecond a step.
+        """
+        here = trace_context()
         if here not in self._programs:
             kinds = self.optimisation, self.options, self.where, self._dtypes
             leaves, tree = self._lies

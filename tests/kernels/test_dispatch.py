@@ -145,7 +145,9 @@ def test_a_program_is_kept_for_the_context_it_was_asked_in():
 
     @device.program_cache(maxsize=4)
     def make(name):
-        return jax.jit(device.in_this_context(lambda x: traced.append(device.context()) or 2 * x))
+        return jax.jit(
+            device.in_this_context(lambda x: traced.append(device.trace_context()) or 2 * x)
+        )
 
     here = make("a")
     with device.use_kernels("xla"):

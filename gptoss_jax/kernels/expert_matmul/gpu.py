@@ -18,11 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gptoss_jax import compat
-from gptoss_jax.device import interpreting
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.expert_matmul import gpu_decoder as decoder
 from gptoss_jax.kernels.expert_matmul.grouped import FEW_PAIRS, Groups, Static, Tiles, num_tiles
-from gptoss_jax.kernels.expert_matmul.reference import clamped_swiglu
+from gptoss_jax.kernels.expert_matmul.reference import clamped_swiglu, count_each
 from gptoss_jax.mxfp4 import BLOCK, Mxfp4
 
 ORDER = "scales_last"  # of packed bytes: TMA wants strides that are multiples of 16 bytes
@@ -35,8 +34,7 @@ def why_not(problem, kind: str) -> list[str]:
     reasons = []
     if problem.dtype != "bfloat16":
         reasons.append(f"the matrix units take bfloat16, got {problem.dtype}; cast x, or use 'xla'")
-    if not interpreting() and not kind.startswith(("NVIDIA H", "NVIDIA GH")):
-        reasons.append(f"written for Hopper (H100, H200, GH200), the device is {kind}; use 'xla'")
+    reasons += hopper.why_not(kind)
     rows, widest = _most_rows(problem), 2 * max(problem.D, problem.F)  # 2: gate and up
     if rows * widest > hopper.MOST_ELEMENTS:
         reasons.append(
@@ -113,7 +111,7 @@ def outer(
     several = max(1, 512 // size)
     owner = jnp.where(jnp.arange(tiles) < groups.used, groups.expert_of_tile, num_experts)
     order = jnp.argsort(owner, stable=True)
-    counts = (owner[:, None] == jnp.arange(num_experts)[None, :]).sum(axis=0, dtype=jnp.int32)
+    counts = count_each(owner, num_experts)
     ends = jnp.cumsum(counts)
 
     def one(bounds):

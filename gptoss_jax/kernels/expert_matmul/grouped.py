@@ -24,7 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.expert_matmul import low_rank
-from gptoss_jax.kernels.expert_matmul.reference import Experts, Factors, clamped_swiglu
+from gptoss_jax.kernels.expert_matmul.reference import (
+    Experts,
+    Factors,
+    clamped_swiglu,
+    count_each,
+)
 from gptoss_jax.mxfp4 import Mxfp4
 
 FEW_PAIRS = 16  # up to this many pairs are not worth sorting
@@ -297,8 +302,7 @@ def group(
         return _tile_for_each_pair_here(ids, num_experts, tile)
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    experts = jnp.arange(num_experts, dtype=jnp.int32)
-    counts = (flat[:, None] == experts[None, :]).sum(axis=0, dtype=jnp.int32)
+    counts = count_each(flat, num_experts)
     end_of_tiles = jnp.cumsum(-(-counts // tile))
     first_row = (end_of_tiles + counts // -tile) * tile
     first_sorted = jnp.cumsum(counts) - counts

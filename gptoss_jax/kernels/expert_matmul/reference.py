@@ -178,11 +178,18 @@ class _Sorted(NamedTuple):
         return jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0.0)
 
 
+def count_each(ids: Int[Array, " M"], num_experts: int) -> Int[Array, " E"]:
+    """How many of the ids are each expert's; others are nobody's. All are compared, in one go: to
+    search sorted ids is a loop, and every step of it several launches on a GPU."""
+    experts = jnp.arange(num_experts, dtype=ids.dtype)
+    return (ids[:, None] == experts[None, :]).sum(axis=0, dtype=jnp.int32)
+
+
 def _sort(ids: Int[Array, "R A"], num_experts: int, total_experts: int | None) -> _Sorted:
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    counts = (flat[:, None] == jnp.arange(num_experts)[None, :]).sum(axis=0, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts)])
+    ends = jnp.cumsum(count_each(flat, num_experts))
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     num_tokens, num_active = ids.shape
     tile = _tile(num_tokens, num_active, total_experts or num_experts)
     return _Sorted(order, starts, tile, total_experts is not None)

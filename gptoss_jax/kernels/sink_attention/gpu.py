@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import compat
-from gptoss_jax.device import interpreting
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.sink_attention.flash import NOTHING, Places, Ranges, Static, Tiles
 
@@ -42,8 +41,7 @@ def why_not(problem, kind: str) -> list[str]:
         reasons.append(f"the matrix units take bfloat16, not {problem.dtype}; cast, or use 'xla'")
     if problem.H > _MAX_LANES:
         reasons.append(f"registers hold H up to {_MAX_LANES}, got {problem.H}; use 'xla'")
-    if not interpreting() and not kind.startswith(("NVIDIA H", "NVIDIA GH")):
-        reasons.append(f"written for Hopper (H100, H200, GH200), the device is {kind}; use 'xla'")
+    reasons += hopper.why_not(kind)
     largest = max(problem.T * problem.N, 0 if problem.few_tokens else problem.S * problem.K)
     if problem.B * largest * problem.H > hopper.MOST_ELEMENTS:
         reasons.append(
