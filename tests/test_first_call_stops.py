@@ -20,6 +20,17 @@ from gptoss_jax.benchmarking.first_call import Runner, Stage
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def signals_as_at_a_terminal():
+    """Children ignore what their parent does, as under nohup or in a shell's background."""
+    ignored = [how for how in first_call.STOPPING if signal.getsignal(how) is signal.SIG_IGN]
+    for how in ignored:
+        signal.signal(how, signal.SIG_DFL)
+    yield
+    for how in ignored:
+        signal.signal(how, signal.SIG_IGN)
+
+
 def strict(text: str) -> list[dict]:
     """Lines of JSON without the words for numbers that are not finite."""
 
