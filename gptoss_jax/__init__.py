@@ -19,11 +19,10 @@ if TYPE_CHECKING:
         Conversation,
         Reply,
         chat,
-        generate,
         stream_chat,
-        tokenizer_of,
     )
     from gptoss_jax.device import use_kernels
+    from gptoss_jax.generation import generate, tokenizer_of
     from gptoss_jax.harmony import FunctionTool, Message, Tokenizer
     from gptoss_jax.inference.finite import NotFiniteError
     from gptoss_jax.inference.sampling import Sampling
@@ -72,10 +71,10 @@ _HOMES = {
     "Conversation": "conversation",
     "Reply": "conversation",
     "chat": "conversation",
-    "generate": "conversation",
     "stream_chat": "conversation",
-    "tokenizer_of": "conversation",
     "use_kernels": "device",
+    "generate": "generation",
+    "tokenizer_of": "generation",
     "FunctionTool": "harmony",
     "Message": "harmony",
     "Tokenizer": "harmony",

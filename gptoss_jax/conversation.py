@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """A conversation with a loaded model: messages -> ids -> sampled ids -> messages.
 
-`chat` and `stream_chat` answer once, `Conversation` remembers, `generate` knows ids only. Nothing
-here touches an array: harmony/ knows the format, inference/ the arithmetic.
+`chat` and `stream_chat` answer once, `Conversation` remembers. Nothing here touches an array:
+harmony/ knows the format, inference/ the arithmetic; generation.py continues plain ids.
 
 What is not asked for is left to the checkpoint and to OpenAI's advice: effort medium, temperature
 and top-p 1 (greedy where generation_config.json says `do_sample: false`), no date. A date changes
 the first lines of every prompt, so prompts could not be reused from one day to the next.
 """
 
+import dataclasses
 import datetime
-import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
+from gptoss_jax.generation import (
+    TOKENS_PER_DISPATCH,
+    SamplingFields,
+    new_seed,
+    sampling_for,
+    tokenizer_of,
+)
 from gptoss_jax.harmony import (
     Event,
     FunctionTool,
@@ -33,27 +38,13 @@ from gptoss_jax.harmony import (
 )
 from gptoss_jax.inference import decode
 from gptoss_jax.inference.decode import Completion
-from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model.transformer import Transformer
 
 # Tokens that prompt and reply share unless told otherwise, by effort, and at least half of them are
 # for the reply. Powers of two, because the cache is rounded up to one.
 ROOM = {"low": 2048, "medium": 8192, "high": 16384}
-TOKENS_PER_DISPATCH = 8  # text appears in steps of this many
 Messages = str | Message | Mapping[str, Any] | Sequence[Message] | Sequence[Mapping[str, Any]]
 Tools = Sequence[FunctionTool] | Sequence[Mapping[str, Any]]
-
-
-class SamplingFields(TypedDict, total=False):
-    """The fields of `Sampling` beside temperature and seed, which have their own arguments."""
-
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
 
 
 class ChatOptions(SamplingFields, total=False):
@@ -65,7 +56,7 @@ class ChatOptions(SamplingFields, total=False):
     date: str | datetime.date | None
     max_new_tokens: int | None
     temperature: float | None
-    seed: int
+    seed: int | None
     tokenizer: Tokenizer | None
 
 
@@ -76,8 +67,9 @@ class Reply:
     prompt: list[int]
     tokens: list[int]  # a stop token included
     logprobs: list[float]  # of each token, natural logarithm, under the untempered logits
-    finish_reason: str  # "stop", "tool_calls", or "length": the limit came first
+    finish_reason: str  # "stop", "tool_calls", "length": the limit came first, or "interrupted"
     turn: ParsedTurn
+    seed: int  # that the draws began with: given again, it gives the same tokens
 
     @property
     def analysis(self) -> str:
@@ -118,9 +110,12 @@ class ReplyStream(Iterator[Event]):
         prompt: list[int],
         pieces: Iterator[list[Completion]],
         tokenizer: Tokenizer,
+        seed: int,
         when_done: Callable[[Reply], None] | None = None,
     ):
         self._prompt, self._pieces, self._when_done = prompt, pieces, when_done
+        self._seed = seed
+        self._seen: list[Event] = []
         self._parser = HarmonyParser(tokenizer)
         self._whole = Completion([], [], None)
         self._reply: Reply | None = None
@@ -137,28 +132,37 @@ class ReplyStream(Iterator[Event]):
             raise ValueError("reply: expected a stream that ends, got one that was interrupted")
         return self._reply
 
+    def stop(self) -> Reply:
+        """End here, also after an exception; the reply is what has come so far."""
+        self._events.close()
+        if self._reply is None:
+            self._whole.finish_reason = self._whole.finish_reason or "interrupted"
+            self._finish()
+        return self.reply()
+
     def _run(self) -> Iterator[Event]:
-        seen: list[Event] = []
         for (piece,) in self._pieces:
             self._whole.tokens += piece.tokens
             self._whole.logprobs += piece.logprobs
             self._whole.finish_reason = piece.finish_reason
             for token in piece.tokens:
                 events = self._parser.feed(token)
-                seen += events
+                self._seen += events
                 yield from events
-        last = self._parser.finish()
-        self._finish(fold(seen + last))
-        yield from last
+        yield from self._finish()
 
-    def _finish(self, turn: ParsedTurn) -> None:
+    def _finish(self) -> list[Event]:
+        """Read what is left in the parser, and make the reply."""
+        last = self._parser.finish()
+        turn = fold(self._seen + last)
         tokens, logprobs = self._whole.tokens, self._whole.logprobs
         reason = self._whole.finish_reason or "length"
         if reason == "stop" and turn.tool_calls:
             reason = "tool_calls"
-        self._reply = Reply(self._prompt, tokens, logprobs, reason, turn)
+        self._reply = Reply(self._prompt, tokens, logprobs, reason, turn, self._seed)
         if self._when_done:
             self._when_done(self._reply)
+        return last
 
 
 def chat(
@@ -171,7 +175,7 @@ def chat(
     date: str | datetime.date | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     tokenizer: Tokenizer | None = None,
     **sampling: Unpack[SamplingFields],
 ) -> Reply:
@@ -181,7 +185,8 @@ def chat(
     other models call the system prompt; a system message ahead of `messages` is the same. `tools`
     are `FunctionTool`s or OpenAI's dictionaries. `date` is what the model takes for today.
     `max_new_tokens` counts the reasoning too; None is what is left of ROOM.
-    One `seed` gives one reply. `sampling` are more fields of `Sampling`, e.g. `top_p=0.9`.
+    One `seed` gives one reply; without one a new one is drawn, and `Reply.seed` tells it.
+    `sampling` are more fields of `Sampling`, e.g. `top_p=0.9`.
     Raises ValueError if something is out of range, or a prompt leaves no room in the context, and
     NotFiniteError if the model's logits are NaN or infinite.
     """
@@ -227,7 +232,7 @@ class Conversation:
         date: str | datetime.date | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         tokenizer: Tokenizer | None = None,
         **sampling: Unpack[SamplingFields],
     ):
@@ -238,6 +243,7 @@ class Conversation:
         self.tools = _as_tools(tools)
         self.date = date.isoformat() if isinstance(date, datetime.date) else date
         self.max_new_tokens = max_new_tokens
+        self.seed = seed
         self.sampling = sampling_for(model, temperature=temperature, seed=seed, **sampling)
         self.messages: list[Message] = []
         self._settings()  # complains now rather than at the first turn
@@ -251,11 +257,12 @@ class Conversation:
         added = _as_messages(said)
         prompt = self.prompt(self.messages + added)
         limit = _limit(self.model, len(prompt), self.max_new_tokens, self.reasoning_effort)
+        seed = new_seed(self.model) if self.seed is None else self.seed
         pieces = decode.stream(
             self.model,
             [prompt],
             max_new_tokens=limit,
-            sampling=self.sampling,
+            sampling=dataclasses.replace(self.sampling, seed=seed),
             stop=self.tokenizer.stop_ids,
             tokens_per_dispatch=TOKENS_PER_DISPATCH,
         )
@@ -264,7 +271,7 @@ class Conversation:
             # A model that runs wild may write whole turns of others; those were never said.
             self.messages += added + [m for m in reply.messages if m.role == "assistant"]
 
-        return ReplyStream(prompt, pieces, self.tokenizer, remember)
+        return ReplyStream(prompt, pieces, self.tokenizer, seed, remember)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that the model continues."""
@@ -282,89 +289,6 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said."""
         self.messages = []
-
-
-def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | Sequence[int] = 64,
-    temperature: float | None = None,
-    seed: int | Sequence[int] = 0,
-    stop: Sequence[int] | None = None,
-    **sampling: Unpack[SamplingFields],
-) -> list[list[int]]:
-    """Continue lists of ids; returns the new ids of each, a stop token included.
-
-    Stops at the model's stop tokens, or at `stop`; `stop=()` runs on. A row depends on its prompt
-    and seed alone, so for several samples of one prompt give several seeds: `seed=range(4)`.
-    """
-    if prompts and not hasattr(prompts[0], "__len__"):
-        raise ValueError(
-            "prompts: expected lists of token ids, got a list of ids; write [prompt] for one"
-        )
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seed: expected one or {len(prompts)}, one per prompt, got {len(seeds)}")
-    rows = [sampling_for(model, temperature=temperature, seed=s, **sampling) for s in seeds]
-    if stop is None:
-        stop = tokenizer_of(model).stop_ids
-    completions = decode.generate(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=rows, stop=stop
-    )
-    return [completion.tokens for completion in completions]
-
-
-def tokenizer_of(model: Transformer) -> Tokenizer:
-    """The tokenizer that belongs to a model: declared beside its weights, else by vocabulary."""
-    vocab_size = model.config.vocab_size
-    tokenizer = tokenizer_in(model.origin) if model.origin else _tokenizer_of_size(vocab_size)
-    if tokenizer is None or tokenizer.vocab_size > vocab_size:
-        got = f"one of {tokenizer.vocab_size} ids" if tokenizer else "none"
-        raise ValueError(
-            f"tokenizer: expected one for the model's V={vocab_size}, got {got} from "
-            f"{model.origin or 'a model made in memory'}; pass tokenizer= to chat, and stop= to "
-            "generate"
-        )
-    return tokenizer
-
-
-@functools.lru_cache(maxsize=4)
-def tokenizer_in(folder: str) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, read once."""
-    return Tokenizer.from_folder(folder)
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer_of_size(vocab_size: int) -> Tokenizer | None:
-    made = {201_088: Tokenizer.published, 1024: Tokenizer.compact}.get(vocab_size)
-    return made() if made else None
-
-
-def sampling_for(
-    model: Transformer,
-    *,
-    temperature: float | None = None,
-    seed: int = 0,
-    **fields: Unpack[SamplingFields],
-) -> Sampling:
-    """What is asked for; the rest as the model's generation_config.json says, then as advised."""
-    asked = dict(fields) if temperature is None else {"temperature": temperature, **fields}
-    return Sampling(**{**_checkpoint_sampling(model.origin), **asked, "seed": seed})
-
-
-def _checkpoint_sampling(origin: str | None) -> dict[str, Any]:
-    file = Path(origin, "generation_config.json") if origin else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}; copy the file again") from None
-    if said.get("do_sample") is False:
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: said[name] for name in names if said.get(name) is not None}
 
 
 def _as_messages(said: Messages) -> list[Message]:

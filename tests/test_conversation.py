@@ -14,7 +14,8 @@ from flax import nnx
 
 import gptoss_jax as gj
 from gptoss_jax import conversation
-from gptoss_jax.conversation import Conversation, chat, generate, stream_chat, tokenizer_of
+from gptoss_jax.conversation import Conversation, chat, stream_chat
+from gptoss_jax.generation import generate, tokenizer_of
 from gptoss_jax.harmony import (
     FunctionTool,
     Message,
@@ -306,7 +307,7 @@ def test_what_is_not_asked_for_the_checkpoint_decides(
 
     chat(moved(model, tmp_path), "Hi", **given)
 
-    assert reciter.calls[0]["sampling"] == expected
+    assert dataclasses.replace(reciter.calls[0]["sampling"], seed=given.get("seed", 0)) == expected
 
 
 def moved(model, folder):
@@ -445,3 +446,25 @@ def test_streaming_changes_nothing(model):
 
     assert stream.reply() == chat(model, "Hi", max_new_tokens=12, seed=1)
     assert isinstance(events[-1], MessageEnd)
+
+
+def test_without_a_seed_one_is_drawn_and_told(model, reciter):
+    reciter.says(ANSWER, ANSWER)
+
+    replies = [chat(model, "Hi") for _ in range(2)]
+
+    assert replies[0].seed != replies[1].seed  # equal once in 2^32
+    assert [reply.seed for reply in replies] == [c["sampling"].seed for c in reciter.calls]
+
+
+def test_a_stopped_stream_keeps_what_came(model, reciter):
+    reciter.says(ANSWER)
+    talk = Conversation(model, seed=1)
+    stream = talk.stream("Hi")
+    next(stream)
+
+    reply = stream.stop()
+
+    assert reply.finish_reason == "interrupted"
+    assert reply.tokens and talk.messages[0].content == "Hi"
+    assert stream.stop() is reply and list(stream) == []

@@ -23,14 +23,16 @@ FLOORS = (
     ),
     ("model",),
     ("weights", "inference", "training", "research"),
-    ("conversation", "finetuning", "tiny", "serving", "planning", "benchmarking"),
+    ("generation", "conversation", "finetuning", "tiny", "serving", "planning", "benchmarking"),
     ("cli", "__init__"),
 )
 # Rooms of one floor do not know each other, except these (importer, imported).
 # Inside a room any file may import any other, as long as there is no cycle.
 SAME_FLOOR = {
     ("cli", "__init__"),
+    ("conversation", "generation"),
     ("finetuning", "conversation"),
+    ("finetuning", "generation"),
     ("tiny", "finetuning"),
     ("mesh_file", "sharding"),
     ("kernels", "kernels/sink_attention"),

@@ -41,19 +41,19 @@ class Generate(OfModel):
             raise ValueError(f"TEXT: expected TEXT or --tokens, got {got}; give one of them")
         self.join()
         sampling = self.together(self.sampling, "arguments")
-        from gptoss_jax import conversation
+        from gptoss_jax import generation
         from gptoss_jax.inference.decode import Completion, stream
 
-        tokenizer = self.together(lambda: conversation.tokenizer_in(self.folder), "tokenizer")
+        tokenizer = self.together(lambda: generation.tokenizer_in(self.folder), "tokenizer")
         prompt = self.together(lambda: self.tokens or self.encode(tokenizer), "prompt")
         model = self.load(prompt=prompt)
         pieces = stream(
             model,
             [prompt],
             max_new_tokens=self.max_new_tokens,
-            sampling=conversation.sampling_for(model, **sampling),
-            stop=() if self.run_on else conversation.tokenizer_of(model).stop_ids,
-            tokens_per_dispatch=conversation.TOKENS_PER_DISPATCH,
+            sampling=generation.sampling_for(model, **sampling),
+            stop=() if self.run_on else generation.tokenizer_of(model).stop_ids,
+            tokens_per_dispatch=generation.TOKENS_PER_DISPATCH,
         )
         show = self.shower(tokenizer)
         whole = Completion([], [], None)

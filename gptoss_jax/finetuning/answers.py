@@ -10,7 +10,7 @@
 
 from collections.abc import Sequence
 
-from gptoss_jax.conversation import tokenizer_of
+from gptoss_jax.generation import tokenizer_of
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer, parse, render_prompt
 from gptoss_jax.inference.decode import generate
 from gptoss_jax.inference.sampling import Sampling

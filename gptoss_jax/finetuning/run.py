@@ -14,11 +14,11 @@ from typing import Any
 
 from flax import nnx
 
-from gptoss_jax.conversation import tokenizer_of
 from gptoss_jax.distributed import agree, is_first, of_first, together
 from gptoss_jax.finetuning.options import FinetuneRun, differences
 from gptoss_jax.finetuning.watching import hooks_of
 from gptoss_jax.folders import BUNDLED_MODEL
+from gptoss_jax.generation import tokenizer_of
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.sharding import Placement
