@@ -31,11 +31,15 @@ from gptoss_jax.harmony import (
     Recovery,
     SystemSettings,
     Tokenizer,
+    ToolNamespace,
+    call_names,
     fold,
     messages_from_openai,
     render_prompt,
     tools_from_openai,
 )
+from gptoss_jax.harmony.messages import CHANNELS
+from gptoss_jax.harmony.tools import Tool
 from gptoss_jax.inference import decode
 from gptoss_jax.inference.decode import Completion
 from gptoss_jax.model.transformer import Transformer
@@ -43,8 +47,9 @@ from gptoss_jax.model.transformer import Transformer
 # Tokens that prompt and reply share unless told otherwise, by effort, and at least half of them are
 # for the reply. Powers of two, because the cache is rounded up to one.
 ROOM = {"low": 2048, "medium": 8192, "high": 16384}
-Messages = str | Message | Mapping[str, Any] | Sequence[Message] | Sequence[Mapping[str, Any]]
-Tools = Sequence[FunctionTool] | Sequence[Mapping[str, Any]]
+Messages = str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any]]
+Tools = Sequence[Tool | Mapping[str, Any]] | None
+BuiltinTools = Sequence[str | ToolNamespace]
 
 
 class ChatOptions(SamplingFields, total=False):
@@ -53,6 +58,7 @@ class ChatOptions(SamplingFields, total=False):
     reasoning_effort: str
     instructions: str | None
     tools: Tools
+    builtin_tools: BuiltinTools
     date: str | datetime.date | None
     max_new_tokens: int | None
     temperature: float | None
@@ -73,22 +79,28 @@ class Reply:
 
     @property
     def analysis(self) -> str:
-        """The reasoning."""
+        """The reasoning, messages joined by a line break."""
         return self.turn.analysis
 
     @property
+    def preamble(self) -> str:
+        """Text for the user ahead of tool calls, where there is any."""
+        return self.turn.preamble
+
+    @property
     def final(self) -> str:
-        """The answer; empty if the limit came first."""
+        """The answer, messages joined by a line break; empty if the limit came first."""
         return self.turn.final
 
     @property
     def tool_calls(self) -> tuple[Message, ...]:
-        """Calls of the caller's functions: `recipient` is "functions.NAME", `content` is JSON."""
+        """Calls of tools: `recipient` is "functions.NAME", and `content` JSON, for the caller's
+        functions; "python" or "browser.search", say, for a built-in tool."""
         return self.turn.tool_calls
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """Everything that was written, in order."""
+        """Everything that was written, in order, also what the model made up for others."""
         return self.turn.messages
 
     @property
@@ -98,8 +110,8 @@ class Reply:
 
     @property
     def malformed(self) -> bool:
-        """Whether anything had to be repaired; no text is lost then."""
-        return bool(self.turn.recoveries)
+        """Whether anything had to be repaired; no text is lost then. A cut repairs nothing."""
+        return not all(recovery.at_end for recovery in self.turn.recoveries)
 
 
 class ReplyStream(Iterator[Event]):
@@ -109,14 +121,14 @@ class ReplyStream(Iterator[Event]):
         self,
         prompt: list[int],
         pieces: Iterator[list[Completion]],
-        tokenizer: Tokenizer,
+        parser: HarmonyParser,
         seed: int,
         when_done: Callable[[Reply], None] | None = None,
     ):
         self._prompt, self._pieces, self._when_done = prompt, pieces, when_done
         self._seed = seed
         self._seen: list[Event] = []
-        self._parser = HarmonyParser(tokenizer)
+        self._parser = parser
         self._whole = Completion([], [], None)
         self._reply: Reply | None = None
         self._events = self._run()
@@ -172,6 +184,7 @@ def chat(
     reasoning_effort: str = "medium",
     instructions: str | None = None,
     tools: Tools = (),
+    builtin_tools: BuiltinTools = (),
     date: str | datetime.date | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -183,7 +196,9 @@ def chat(
 
     `reasoning_effort` is "low", "medium" or "high". `instructions` is the developer text, what
     other models call the system prompt; a system message ahead of `messages` is the same. `tools`
-    are `FunctionTool`s or OpenAI's dictionaries. `date` is what the model takes for today.
+    are `FunctionTool`s or OpenAI's dictionaries; `builtin_tools` "browser" and "python", or
+    `ToolNamespace`s of yours. The reply has the model's calls; nothing runs them. `date` is what
+    the model takes for today.
     `max_new_tokens` counts the reasoning too; None is what is left of ROOM.
     One `seed` gives one reply; without one a new one is drawn, and `Reply.seed` tells it.
     `sampling` are more fields of `Sampling`, e.g. `top_p=0.9`.
@@ -196,6 +211,7 @@ def chat(
         reasoning_effort=reasoning_effort,
         instructions=instructions,
         tools=tools,
+        builtin_tools=builtin_tools,
         date=date,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -229,6 +245,7 @@ class Conversation:
         reasoning_effort: str = "medium",
         instructions: str | None = None,
         tools: Tools = (),
+        builtin_tools: BuiltinTools = (),
         date: str | datetime.date | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -241,6 +258,7 @@ class Conversation:
         self.reasoning_effort = reasoning_effort
         self.instructions = instructions
         self.tools = _as_tools(tools)
+        self.builtin_tools = builtin_tools
         self.date = date.isoformat() if isinstance(date, datetime.date) else date
         self.max_new_tokens = max_new_tokens
         self.seed = seed
@@ -254,8 +272,8 @@ class Conversation:
 
     def stream(self, said: Messages) -> ReplyStream:
         """As `ask`, but returns at once. A stream that is not read to its end leaves no trace."""
-        added = _as_messages(said)
-        prompt = self.prompt(self.messages + added)
+        added = self._as_messages(said)
+        prompt, settings = self.prompt(self.messages + added), self._settings()
         limit = _limit(self.model, len(prompt), self.max_new_tokens, self.reasoning_effort)
         seed = new_seed(self.model) if self.seed is None else self.seed
         pieces = decode.stream(
@@ -268,40 +286,60 @@ class Conversation:
         )
 
         def remember(reply: Reply) -> None:
-            # A model that runs wild may write whole turns of others; those were never said.
-            self.messages += added + [m for m in reply.messages if m.role == "assistant"]
+            # A model that runs wild may write turns of others and answer them: never said.
+            self.messages += [*added, *reply.turn.own]
 
-        return ReplyStream(prompt, pieces, self.tokenizer, seed, remember)
+        parser = HarmonyParser(
+            self.tokenizer,
+            tools=call_names(self.tools, settings.builtin_tools),
+            channels=settings.channels or CHANNELS,
+        )
+        return ReplyStream(prompt, pieces, parser, seed, remember)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that the model continues."""
+    def prompt(self, messages: Messages) -> list[int]:
+        """The ids that the model continues, for a text or a whole conversation."""
         return render_prompt(
-            messages,
+            self._as_messages(messages),
             tokenizer=self.tokenizer,
             settings=self._settings(),
-            instructions=self.instructions,
+            instructions=self.instructions or None,
             tools=self.tools,
         )
 
     def _settings(self) -> SystemSettings:
-        return SystemSettings(self.reasoning_effort, current_date=self.date)
+        return SystemSettings(
+            self.reasoning_effort, current_date=self.date, builtin_tools=tuple(self.builtin_tools)
+        )
+
+    def _as_messages(self, said: Messages) -> list[Message]:
+        """What is said, as messages; a result goes to the channel of its call."""
+        if isinstance(said, str):
+            return [Message("user", said)]
+        several = [said] if isinstance(said, Message | Mapping) else list(said)
+        ours = [message for message in several if isinstance(message, Message)]
+        if ours and len(ours) == len(several):
+            return ours
+        names = call_names(self.tools, self._settings().builtin_tools)
+        calls = {m.recipient: m.channel for m in self.messages if m.is_tool_call}
+        return [
+            dataclasses.replace(message, channel=calls[message.name])
+            if message.role == "tool" and message.name in calls
+            else message
+            for message in messages_from_openai(several, tools=names)
+        ]
 
     def reset(self) -> None:
         """Forget what was said."""
         self.messages = []
 
 
-def _as_messages(said: Messages) -> list[Message]:
-    if isinstance(said, str):
-        return [Message("user", said)]
-    several = [said] if isinstance(said, Message | Mapping) else list(said)
-    ours = [message for message in several if isinstance(message, Message)]
-    return ours if ours and len(ours) == len(several) else messages_from_openai(several)
-
-
-def _as_tools(tools: Tools) -> list[FunctionTool]:
-    ours = [tool for tool in tools if isinstance(tool, FunctionTool)]
-    return ours if len(ours) == len(tools) else tools_from_openai(tools)
+def _as_tools(tools: Tools) -> list[Tool]:
+    """Our tools as they are, OpenAI's dictionaries as ours."""
+    found: list[Tool] = []
+    for tool in [tools] if isinstance(tools, Tool | Mapping) else tools or ():
+        ours = isinstance(tool, FunctionTool | ToolNamespace)
+        found += [tool] if ours else tools_from_openai([tool])
+    return found
 
 
 def _limit(model: Transformer, num_prompt: int, asked: int | None, effort: str) -> int:

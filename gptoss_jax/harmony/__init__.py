@@ -25,13 +25,15 @@ from gptoss_jax.harmony.render import (
     render_training,
 )
 from gptoss_jax.harmony.tokenizer import Tokenizer
-from gptoss_jax.harmony.tools import FunctionTool
+from gptoss_jax.harmony.tools import FunctionTool, ToolNamespace, call_names
 
 __all__ = [
     # messages
     "Message",
     "SystemSettings",
     "FunctionTool",
+    "ToolNamespace",
+    "call_names",
     "messages_from_openai",
     "tools_from_openai",
     # messages -> ids

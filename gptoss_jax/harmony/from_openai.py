@@ -7,17 +7,19 @@ knows no tokens and no HTTP.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptoss_jax.harmony.messages import FUNCTIONS, ROLES, Message
-from gptoss_jax.harmony.tools import FunctionTool, tool_problems
+from gptoss_jax.harmony.tools import BUILTIN_NAMES, FunctionTool, tool_problems
 
+_REASONING = ("reasoning", "reasoning_content", "thinking")  # as APIs and templates call it
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _FIELDS = {
     "system": {"role", "content"},
     "developer": {"role", "content"},
     "user": {"role", "content", "name"},
-    "assistant": {"role", "content", "name", "reasoning", "reasoning_content", "tool_calls"},
+    "assistant": {"role", "content", "name", *_REASONING, "tool_calls"},
     "tool": {"role", "content", "name", "tool_call_id"},
 }
 _NAME = re.compile(r"[^\s<|>/\\]+")  # of a speaker or a function: what a header can hold
@@ -35,21 +37,23 @@ class Problem(NamedTuple):
         return f"{self.path}: {self.text}"
 
 
-def messages_from_openai(messages: Sequence[Any]) -> list[Message]:
+def messages_from_openai(messages: Sequence[Any], *, tools: Collection[str] = ()) -> list[Message]:
     """Messages for a list of `{"role", "content", "tool_calls", ...}`.
 
-    `reasoning` (or `reasoning_content`) goes to the analysis channel; `content` to final, or to
-    commentary where tool calls follow; calls and their results to commentary. A result finds the
-    name of its function by `tool_call_id`. Fields that are null or empty may be there or not; any
-    other unknown field is a problem. All problems are raised as one ValueError.
+    `reasoning` (`reasoning_content`, `thinking`) goes to the analysis channel; `content` to final,
+    or to commentary where tool calls follow; calls and their results to commentary, those of the
+    built-in tools (python, browser.search) to analysis. A result finds the name of its function by
+    `tool_call_id`, or has it as `name`. `tools` are offered, as calls name them: functions.python
+    among them takes the name from the built-in tool. Fields that are null or empty may be there or
+    not; any other unknown field is a problem. All problems are raised as one ValueError.
     """
-    if not messages:
+    if not len(messages):
         raise ValueError("messages: expected at least one message, got none; send a user message")
     problems: list[Problem] = []
-    function_names: dict[str, str] = {}
+    called: dict[str, str] = {}
     converted: list[Message] = []
     for index, raw in enumerate(messages):
-        converted += convert_message(f"messages[{index}]", raw, function_names, problems)
+        converted += convert_message(f"messages[{index}]", raw, called, problems, tools)
     _raise(problems)
     return converted
 
@@ -63,12 +67,16 @@ def tools_from_openai(tools: Sequence[Any]) -> list[FunctionTool]:
 
 
 def convert_message(
-    where: str, raw: Any, function_names: dict[str, str], problems: list[Problem]
+    where: str,
+    raw: Any,
+    called: dict[str, str],
+    problems: list[Problem],
+    tools: Collection[str] = (),
 ) -> list[Message]:
     """What one JSON message becomes; `where` is its path.
 
-    `function_names` goes from message to message: ids of tool calls -> the functions called. What
-    is wrong is added to `problems`, and what is returned is then of no use.
+    `called` goes from message to message: ids of tool calls -> the recipients called. What is wrong
+    is added to `problems`, and what is returned is then of no use.
     """
     role, content = (raw.get("role"), raw.get("content")) if type(raw) is dict else (None, None)
     if type(content) is str and len(raw) == 2 and type(role) is str and role in _PLAIN:
@@ -77,9 +85,9 @@ def convert_message(
     if role is None:
         return []
     if role == "assistant":
-        return list(_assistant_messages(where, raw, function_names, problems))
+        return list(_assistant_messages(where, raw, called, problems, tools))
     if role == "tool":
-        return [_tool_message(where, raw, function_names, problems)]
+        return [_tool_message(where, raw, called, problems, tools)]
     name = _optional_name(where, raw, problems)
     return [Message(role, _content(where, raw, problems), name=name)]
 
@@ -137,7 +145,9 @@ def _function_tool(where: str, function: Mapping, problems: list[Problem]) -> Fu
 
 def _checked_role(where: str, raw: Any, problems: list[Problem]) -> str | None:
     if not isinstance(raw, Mapping):
-        problems.append(problem(where, "an object", raw, "send role and content"))
+        mixed = "send either Messages or objects, not both"
+        advice = mixed if isinstance(raw, Message) else "send role and content"
+        problems.append(problem(where, "an object", raw, advice))
         return None
     role = raw.get("role")
     if role not in ROLES:
@@ -149,10 +159,13 @@ def _checked_role(where: str, raw: Any, problems: list[Problem]) -> str | None:
 
 
 def _assistant_messages(
-    where: str, raw: Mapping, function_names: dict[str, str], problems: list[Problem]
+    where: str,
+    raw: Mapping,
+    called: dict[str, str],
+    problems: list[Problem],
+    tools: Collection[str],
 ) -> Iterable[Message]:
-    reasoning = _optional_text(where, raw, "reasoning", problems)
-    reasoning = reasoning or _optional_text(where, raw, "reasoning_content", problems)
+    reasoning = _reasoning(where, raw, problems)
     calls = raw.get("tool_calls") or []
     if not isinstance(calls, list):
         advice = "send one object a call"
@@ -164,11 +177,32 @@ def _assistant_messages(
         channel = "commentary" if calls else "final"
         yield Message("assistant", _content(where, raw, problems), channel=channel)
     for index, call in enumerate(calls):
-        yield _tool_call(f"{where}.tool_calls[{index}]", call, function_names, problems)
+        yield _tool_call(f"{where}.tool_calls[{index}]", call, called, problems, tools)
+
+
+def _reasoning(where: str, raw: Mapping, problems: list[Problem]) -> str | None:
+    texts = {field: _optional_text(where, raw, field, problems) for field in _REASONING}
+    given = {field: text for field, text in texts.items() if text}
+    if len({*given.values()}) > 1:
+        advice = "send the reasoning once"
+        problems.append(problem(where, "one text of reasoning", list(given), advice))
+    return next(iter(given.values()), None)
+
+
+def _recipient(name: str, tools: Collection[str]) -> str:
+    """What stands behind `to=` for the name of a tool, with or without its namespace."""
+    if name in tools or name.startswith(FUNCTIONS):
+        return name
+    is_builtin = name in BUILTIN_NAMES and FUNCTIONS + name not in tools
+    return name if is_builtin else FUNCTIONS + name
 
 
 def _tool_call(
-    where: str, call: Any, function_names: dict[str, str], problems: list[Problem]
+    where: str,
+    call: Any,
+    called: dict[str, str],
+    problems: list[Problem],
+    tools: Collection[str],
 ) -> Message:
     fields = call if isinstance(call, Mapping) else {}
     function = fields.get("function")
@@ -176,6 +210,8 @@ def _tool_call(
         advice = "send name and arguments"
         problems.append(problem(f"{where}.function", "an object", function, advice))
         function = {"name": "?", "arguments": ""}
+    _reject_unknown(where, fields, {"id", "type", "index", "function"}, problems)
+    _reject_unknown(f"{where}.function", function, {"name", "arguments"}, problems)
     if fields.get("type", "function") != "function":
         advice = "no other kind is supported"
         problems.append(problem(f"{where}.type", '"function"', fields["type"], advice))
@@ -189,37 +225,37 @@ def _tool_call(
         at, advice = f"{where}.function.arguments", "json.dumps writes it"
         problems.append(problem(at, "JSON as a string", arguments, advice))
         arguments = ""
+    recipient = _recipient(name, tools)
     if isinstance(fields.get("id"), str):
-        function_names[fields["id"]] = name
-    return Message(
-        "assistant",
-        arguments,
-        channel="commentary",
-        recipient=FUNCTIONS + name,
-        content_type="json",
-    )
+        called[fields["id"]] = recipient
+    kind = "code" if recipient in BUILTIN_NAMES else "json"
+    return Message("assistant", arguments, _channel(recipient), recipient, content_type=kind)
+
+
+def _channel(recipient: str) -> str:
+    """Where a tool is called and answers: the built-in ones as part of the reasoning."""
+    return "analysis" if recipient in BUILTIN_NAMES else "commentary"
 
 
 def _tool_message(
-    where: str, raw: Mapping, function_names: dict[str, str], problems: list[Problem]
+    where: str,
+    raw: Mapping,
+    called: dict[str, str],
+    problems: list[Problem],
+    tools: Collection[str],
 ) -> Message:
-    name = _optional_name(where, raw, problems)
-    call_id = raw.get("tool_call_id")
-    if call_id is not None or name is None:
-        if not isinstance(call_id, str) or call_id not in function_names:
-            at, expected = f"{where}.tool_call_id", "the id of an earlier tool call"
-            advice = "send the assistant message with that call first"
-            problems.append(problem(at, expected, call_id, advice))
-            name = "?"
-        else:
-            name = function_names[call_id]
-    return Message(
-        "tool",
-        _content(where, raw, problems),
-        channel="commentary",
-        recipient="assistant",
-        name=name if name.startswith(FUNCTIONS) else FUNCTIONS + name,
-    )
+    name, call_id = _optional_name(where, raw, problems), raw.get("tool_call_id")
+    if isinstance(call_id, str) and call_id in called:
+        author = called[call_id]
+    elif name is not None:
+        author = _recipient(name, tools)
+    else:
+        at, expected = f"{where}.tool_call_id", "the id of an earlier tool call"
+        advice = "send the assistant message with that call first, or the tool's name as name"
+        problems.append(problem(at, expected, call_id, advice))
+        author = "?"
+    content = _content(where, raw, problems)
+    return Message("tool", content, _channel(author), "assistant", name=author)
 
 
 def _content(where: str, raw: Mapping, problems: list[Problem]) -> str:
@@ -234,7 +270,7 @@ def _content(where: str, raw: Mapping, problems: list[Problem]) -> str:
     texts = []
     for index, part in enumerate(content):
         text = part.get("text") if isinstance(part, Mapping) else None
-        if isinstance(text, str) and part.get("type", "text") == "text":
+        if isinstance(text, str) and part.get("type", "text") in _TEXT_PARTS:
             texts.append(text)
             continue
         got = part.get("type") if isinstance(part, Mapping) else part

@@ -7,7 +7,7 @@ spells a special token stays text. `header.py` reads headers, `events.py` define
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import index
 from typing import SupportsIndex
 
@@ -21,23 +21,29 @@ from gptoss_jax.harmony.events import (
     fold,
 )
 from gptoss_jax.harmony.header import (
-    MAX_HEADER_CHARS,
     Header,
     Section,
+    for_offered,
     may_be_field,
     read_header,
     spell_header,
     split_header,
+    too_long,
 )
-from gptoss_jax.harmony.messages import ROLES, Message
+from gptoss_jax.harmony.messages import CHANNELS, ROLES, Message
 from gptoss_jax.harmony.tokenizer import Tokenizer
 
 
 def parse(
-    ids: Iterable[SupportsIndex], tokenizer: Tokenizer, role: str | None = "assistant"
+    ids: Iterable[SupportsIndex],
+    tokenizer: Tokenizer,
+    role: str | None = "assistant",
+    *,
+    tools: Collection[str] = (),
+    channels: Collection[str] = CHANNELS,
 ) -> ParsedTurn:
-    """The messages of a whole completion; see `HarmonyParser` for `role`."""
-    parser = HarmonyParser(tokenizer, role)
+    """Read the messages of a whole completion; `HarmonyParser` has the arguments."""
+    parser = HarmonyParser(tokenizer, role, tools=tools, channels=channels)
     events = [event for token in ids for event in parser.feed(token)]
     return fold(events + parser.finish())
 
@@ -46,16 +52,27 @@ class HarmonyParser:
     """Feed it ids as they are sampled; each call returns the events that the id completes.
 
     `role` is the author that the prompt ended with (`<|start|>assistant`); None means that the ids
-    start with `<|start|>`, as in a rendered conversation.
+    start with `<|start|>`, as in a rendered conversation, and that every role may speak. `tools`
+    are what was offered, named as calls name them (functions.weather; `tools.call_names` says how):
+    a recipient that can only mean one of them becomes it. `channels` are those that the prompt
+    allowed; text on another is reported.
     """
 
-    def __init__(self, tokenizer: Tokenizer, role: str | None = "assistant"):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        role: str | None = "assistant",
+        *,
+        tools: Collection[str] = (),
+        channels: Collection[str] = CHANNELS,
+    ):
         if role is not None and role not in ROLES:
             raise ValueError(
                 f"role: expected one of {', '.join(ROLES)} or None, got {role!r}; it is the role "
                 "that the prompt ended with"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._role = tokenizer, role
+        self._tools, self._channels = frozenset(tools), frozenset(channels)
         self._events: list[Event] = []  # of the current call
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Inside a header there are sections, inside a message a header, between them neither.
@@ -102,8 +119,8 @@ class HarmonyParser:
         self._finished = True
         return self._events
 
-    def _recover(self, kind: str, text: str = "") -> None:
-        self._events.append(Recovery(kind, text))
+    def _recover(self, kind: str, text: str = "", *, at_end: bool = False) -> None:
+        self._events.append(Recovery(kind, text, at_end))
 
     # Text
 
@@ -126,9 +143,21 @@ class HarmonyParser:
             self._pieces.append(text)
             self._events.append(TextDelta(text, self._header.channel, self._header.recipient))
         elif self._sections:
-            self._sections[-1].text += text
-            if sum(len(section.text) for section in self._sections) > MAX_HEADER_CHARS:
+            self._add_to_header(text)
+
+    def _add_to_header(self, text: str) -> None:
+        """More of a header, up to the character that shows it to be text. That one is the same
+        however the characters came."""
+        section = self._sections[-1]
+        before, section.text = section.text, section.text + text
+        if not too_long(self._sections):
+            return
+        for end in range(1, len(text) + 1):
+            section.text = before + text[:end]
+            if too_long(self._sections):
                 self._start_without_marker(*split_header(self._sections, self._given_role))
+                self._add_text(text[end:])
+                return
 
     # Special tokens
 
@@ -186,8 +215,15 @@ class HarmonyParser:
         self._sections = [Section("start")]
 
     def _start_message(self, header: Header) -> None:
+        header = for_offered(header, self._tools)
         if header.leftovers:
             self._recover("leftover", " ".join(header.leftovers))
+        if header.misspelled:
+            self._recover("misspelled_field", " ".join(header.misspelled))
+        if self._role is not None and header.role != self._role:
+            self._recover("other_role", header.role)
+        elif header.role == "assistant" and header.channel not in {None, *self._channels}:
+            self._recover("unknown_channel", header.channel or "")
         self._sections, self._header, self._pieces = [], header, []
         self._events.append(
             MessageStart(
@@ -208,6 +244,8 @@ class HarmonyParser:
             recipient=header.recipient,
             name=header.name,
             content_type=header.content_type,
+            constrained=header.constrained,
+            recipient_first=header.recipient_first,
         )
         self._header = None
         self._events.append(MessageEnd(message, reason))
@@ -231,8 +269,8 @@ class HarmonyParser:
             self._start_without_marker(header, text)
             self._end_message(header, "cut")
         elif spell_header(self._sections):
-            self._drop_header("dropped_header")
+            self._drop_header("dropped_header", at_end=True)
 
-    def _drop_header(self, kind: str) -> None:
-        self._recover(kind, spell_header(self._sections))
+    def _drop_header(self, kind: str, *, at_end: bool = False) -> None:
+        self._recover(kind, spell_header(self._sections), at_end=at_end)
         self._sections = []

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages -> token ids; headers, system and developer messages come from the Harmony library.
+"""Messages -> token ids, as the format's document writes them.
 
 The system message is built from settings; a leading system or developer text becomes the developer
-message, which also shows the tools. A function call's recipient stands behind the channel, as the
-model itself writes it (openai-harmony puts it before). This file knows no checkpoint: the
-tokenizer turns library ids into model ids. `parser.py` is the way back.
+message, which also shows the tools (`system_text.py`). A call's recipient stands behind the
+channel, as the model writes it, that of a tool's result before it. This file knows no checkpoint:
+the tokenizer knows the ids. `parser.py` is the way back.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from gptoss_jax.harmony.library import harmony_library, library_encoding
-from gptoss_jax.harmony.messages import Message, SystemSettings
+from gptoss_jax.harmony.messages import CONSTRAIN, ROLES, Message, SystemSettings
+from gptoss_jax.harmony.system_text import developer_text, system_text
 from gptoss_jax.harmony.tokenizer import Tokenizer
-from gptoss_jax.harmony.tools import FunctionTool, to_library_tools
+from gptoss_jax.harmony.tools import Tool, namespaces
 
+_LEADS = ("system", "developer")
 DropAnalysis = Literal["strict", "library", "keep"]
 
 
@@ -38,16 +39,21 @@ def render_prompt(
     tokenizer: Tokenizer,
     settings: SystemSettings | None = None,
     instructions: str | None = None,
-    tools: Sequence[FunctionTool] = (),
+    tools: Sequence[Tool] = (),
     drop_analysis: DropAnalysis = "strict",
 ) -> list[int]:
     """Ids of a conversation that the assistant continues; they end with `<|start|>assistant`.
 
-    `instructions` is a developer text ahead of all messages. `drop_analysis` says which reasoning
-    of earlier turns is left out: "strict" all before the last answer, "library" what the library
-    drops (before the first answer, and only if the last assistant message is one), "keep" none.
+    `instructions` is a developer text ahead of all messages; a leading system or developer message
+    is the same, and an empty one says nothing. `drop_analysis` says which reasoning of finished
+    turns is left out: "strict" all before the last answer, and calls made in it with their results;
+    "library" what the library drops (before the first answer, and only if the last assistant
+    message is one); "keep" none. Raises ValueError for what the format cannot say, as a tool that
+    is called like a role.
     """
-    parts = _parts(messages, tokenizer, settings, instructions, tools, drop_analysis)
+    ended = max((i + 1 for i, message in enumerate(messages) if message.is_answer), default=0)
+    kept = _kept(messages, drop_analysis, ended)
+    parts = _parts(messages, kept, tokenizer, settings, instructions, tools)
     return [*_joined(parts), *answer_start(tokenizer)]
 
 
@@ -62,7 +68,7 @@ def render_training(
     tokenizer: Tokenizer,
     settings: SystemSettings | None = None,
     instructions: str | None = None,
-    tools: Sequence[FunctionTool] = (),
+    tools: Sequence[Tool] = (),
     drop_analysis: DropAnalysis = "strict",
 ) -> list[int]:
     """Ids of a finished conversation; an answer at the end is closed by `<|return|>`.
@@ -87,11 +93,12 @@ def render_messages(
     tokenizer: Tokenizer,
     settings: SystemSettings | None = None,
     instructions: str | None = None,
-    tools: Sequence[FunctionTool] = (),
+    tools: Sequence[Tool] = (),
     drop_analysis: DropAnalysis = "strict",
 ) -> list[RenderedMessage]:
     """What `render_training` joins, message by message."""
-    parts = _parts(messages, tokenizer, settings, instructions, tools, drop_analysis)
+    kept = _kept(messages, drop_analysis, _last_turn(messages))
+    parts = _parts(messages, kept, tokenizer, settings, instructions, tools)
     if messages and (messages[-1].role, messages[-1].channel) == ("assistant", "final"):
         parts[-1].ids[-1] = tokenizer.specials["<|return|>"]
     return parts
@@ -101,30 +108,41 @@ def _joined(parts: Sequence[RenderedMessage]) -> list[int]:
     return [token for part in parts for token in part.ids]
 
 
-def _kept(messages: Sequence[Message], drop_analysis: str) -> list[int]:
-    """Indices of the messages that are rendered."""
+def _kept(messages: Sequence[Message], drop_analysis: str, ended: int) -> list[int]:
+    """Indices of the messages that are rendered; `ended` messages are in finished turns."""
     if drop_analysis == "strict":
-        first = _last_turn(messages)
-    elif drop_analysis == "library":
-        first = _as_library(messages)
-    elif drop_analysis == "keep":
-        first = 0
-    else:
+        return _without_finished_analysis(messages, ended)
+    if drop_analysis not in ("library", "keep"):
         raise ValueError(
             f'drop_analysis: expected "strict", "library" or "keep", got {drop_analysis!r}; '
             "choose one"
         )
-    return [
-        index
-        for index, message in enumerate(messages)
-        if index >= first or message.channel != "analysis"
-    ]
+    first = _as_library(messages) if drop_analysis == "library" else 0
+    return [i for i, m in enumerate(messages) if i >= first or m.channel != "analysis"]
+
+
+def _without_finished_analysis(messages: Sequence[Message], ended: int) -> list[int]:
+    """All but the analysis of finished turns; a call made in it goes with its result.
+
+    Results belong to the earliest call of that tool that has none yet, whatever their channel.
+    """
+    kept, open_calls = [], {}
+    for index, message in enumerate(messages):
+        dropped = index < ended and message.channel == "analysis"
+        if message.is_tool_call:
+            open_calls.setdefault(message.recipient, []).append(dropped)
+        elif message.role == "tool" and open_calls.get(message.name):
+            dropped |= open_calls[message.name].pop(0)
+        if not dropped:
+            kept.append(index)
+    return kept
 
 
 def _last_turn(messages: Sequence[Message]) -> int:
     """The answer that ends the turn before the last; 0 if there is none.
 
-    A turn ends with an answer; an answer that ends the list closes the last turn, not one before.
+    A turn ends with an answer; an answer that ends the list closes the last turn, whose reasoning
+    is still to be learnt.
     """
     answers = [index for index, message in enumerate(messages[:-1]) if message.is_answer]
     return answers[-1] if answers else 0
@@ -140,130 +158,138 @@ def _as_library(messages: Sequence[Message]) -> int:
 
 def _parts(
     messages: Sequence[Message],
+    kept: list[int],
     tokenizer: Tokenizer,
     settings: SystemSettings | None,
     instructions: str | None,
-    tools: Sequence[FunctionTool],
-    drop_analysis: str,
+    tools: Sequence[Tool],
 ) -> list[RenderedMessage]:
     """System message, developer message with instructions and tools, then the rest in place."""
     _check_messages(messages)
-    kept, lead = _kept(messages, drop_analysis), None
-    if instructions is None and messages and messages[0].role in ("system", "developer"):
+    lead, empty = None, [i for i in kept if _says_nothing(messages[i])]
+    kept = [index for index in kept if index not in empty]
+    if instructions is None and kept[:1] == [0] and messages[0].role in _LEADS:
         instructions, lead, kept = messages[0].content, 0, kept[1:]
-    system = _system_message(settings or SystemSettings(), bool(tools))
-    parts = [RenderedMessage(tokenizer.from_library(system), None)]
+    has_functions = any(space.name == "functions" for space in namespaces(tools))
+    system = system_text(settings or SystemSettings(), has_functions=has_functions)
+    parts = [RenderedMessage(_lead_ids("system", system, tokenizer), None)]
     if instructions is not None or tools:
-        if instructions is not None and not tools:
-            developer = _instructions(instructions)
-        else:
-            developer = _rendered(_developer_message(instructions, tools))
-        parts.append(RenderedMessage(tokenizer.from_library(developer), lead))
+        developer = developer_text(instructions, tools)
+        parts.append(RenderedMessage(_lead_ids("developer", developer, tokenizer), lead))
     parts += [RenderedMessage(_message_ids(messages[i], tokenizer), i) for i in kept]
     return parts
 
 
-def _message_ids(message: Message, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one message.
+def _says_nothing(message: Message) -> bool:
+    """Whether this is an empty system or developer text, which is no instruction."""
+    return message.role in _LEADS and not message.content
 
-    The library renders it without its text, which tiktoken then encodes into its place: the
-    library's own encoder takes minutes for some hundred thousand letters without a space.
-    """
-    if message.role in ("system", "developer"):
-        return tokenizer.from_library(_instructions(message.content))
-    empty = _empty(
-        message.role, message.name, message.channel, message.recipient, message.content_type
+
+def _message_ids(message: Message, tokenizer: Tokenizer) -> list[int]:
+    if message.role in _LEADS:
+        return _lead_ids("developer", developer_text(message.content), tokenizer)
+    header = _header_ids(
+        tuple(_author(message)),
+        message.recipient if message.recipient != "all" else None,
+        message.channel,
+        message.content_type,
+        message.content_type == "json" if message.constrained is None else message.constrained,
+        _recipient_first(message),
+        tokenizer,
     )
-    *header, terminator = tokenizer.from_library(empty)
-    return [*header, *tokenizer.encode(message.content, specials="text"), terminator]
+    calls = message.role == "assistant" and message.is_for_tool
+    return [
+        *header,
+        *tokenizer.encode(message.content, specials="text"),
+        tokenizer.specials["<|call|>" if calls else "<|end|>"],
+    ]
+
+
+def _lead_ids(role: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a system or developer message."""
+    header = _header_ids((role,), None, None, None, False, False, tokenizer)
+    text_ids = tokenizer.encode(text, specials="text")
+    return [*header, *text_ids, tokenizer.specials["<|end|>"]]
 
 
 @functools.lru_cache(maxsize=1024)
-def _empty(
-    role: str,
-    name: str | None,
-    channel: str | None,
+def _header_ids(
+    author: tuple[str, ...],
     recipient: str | None,
+    channel: str | None,
     content_type: str | None,
+    constrained: bool,
+    recipient_first: bool,
+    tokenizer: Tokenizer,
 ) -> tuple[int, ...]:
-    """Library ids of a message without text. The same few are all that most data sets have."""
-    library = harmony_library()
-    message = library.Message(
-        author=library.Author(role=library.Role(role), name=_clean(name)),
-        content=[library.TextContent(text="")],
-        channel=_clean(channel),
-        recipient=_clean(recipient),
-        content_type=_clean(content_type),
-    )
-    return tuple(_rendered(message))
+    """`<|start|>` to `<|message|>`. The same few are all that most data sets have.
+
+    Each field is encoded by itself, as the library does.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, specials="text")
+
+    to = [] if recipient is None else ids(f" to={recipient}")
+    header = [tokenizer.specials["<|start|>"], *(token for text in author for token in ids(text))]
+    header += to if recipient_first or channel is None else []
+    if channel is not None:
+        header += [tokenizer.specials["<|channel|>"], *ids(channel)]
+        header += [] if recipient_first else to
+    if content_type is not None and constrained:
+        header += [*ids(" "), tokenizer.specials[CONSTRAIN], *ids(content_type)]
+    elif content_type is not None:
+        header += ids(f" {content_type}")
+    return (*header, tokenizer.specials["<|message|>"])
+
+
+def _author(message: Message) -> Iterator[str]:
+    """What stands behind `<|start|>`, in parts: a tool is called by its name alone."""
+    if message.role != "tool":
+        yield message.role
+    if message.name is not None:
+        yield message.name if message.role == "tool" else f":{message.name}"
+
+
+def _recipient_first(message: Message) -> bool:
+    """Whether ` to=` stands before the channel. The assistant writes it behind, where it reads."""
+    if message.recipient_first is None:
+        return message.role != "assistant"
+    return message.recipient_first
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
-    for index, message in enumerate(messages):
-        if message.role == "tool" and not message.name:
-            raise ValueError(
-                f"messages[{index}].name: expected the name of the tool, got {message.name!r}; "
-                'for a function it is "functions." and its name'
-            )
-        if message.role in ("system", "developer") and message != Message(
-            message.role, message.content
-        ):
-            raise ValueError(
-                f"messages[{index}]: expected role and content alone on a {message.role} message, "
-                f"got {message}; leave the other fields out"
-            )
+    problems = [
+        problem
+        for index, message in enumerate(messages)
+        for problem in _header_problems(f"messages[{index}]", message)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
-@functools.lru_cache(maxsize=64)
-def _system_message(settings: SystemSettings, has_functions: bool) -> tuple[int, ...]:
-    """Library ids of the system message."""
-    library = harmony_library()
-    content = library.SystemContent(
-        model_identity=_clean(settings.identity),
-        reasoning_effort=library.ReasoningEffort(settings.reasoning_effort.capitalize()),
-        conversation_start_date=settings.current_date,
-        knowledge_cutoff=_clean(settings.knowledge_cutoff),
-    )
-    if "browser" in settings.builtin_tools:
-        content = content.with_browser_tool()
-    if "python" in settings.builtin_tools:
-        content = content.with_python_tool()
-    message = library.Message.from_role_and_content(library.Role.SYSTEM, content)
-    return tuple(_rendered(message, has_functions))
-
-
-@functools.lru_cache(maxsize=256)
-def _instructions(text: str) -> tuple[int, ...]:
-    """Library ids of a developer message. Many rows of a data set tend to have the same."""
-    return tuple(_rendered(_developer_message(text, ())))
-
-
-def _developer_message(instructions: str | None, tools: Sequence[FunctionTool]) -> Any:
-    library = harmony_library()
-    content = library.DeveloperContent(instructions=_clean(instructions))
-    if tools:
-        content = content.with_function_tools(to_library_tools(tools))
-    return library.Message.from_role_and_content(library.Role.DEVELOPER, content)
-
-
-def _rendered(message: Any, has_functions: bool = False) -> list[int]:
-    library = harmony_library()
-    options = library.RenderOptions(conversation_has_function_tools=has_functions)
-    try:
-        return library_encoding().render(message, options)
-    except (library.HarmonyError, ValueError) as error:
-        raise ValueError(
-            f"messages: expected what the library can render, got {str(error)!r}; simplify the "
-            "tools or the message that it names"
-        ) from error
-
-
-def _clean(text: str | None) -> str | None:
-    """`text` with lone surrogates replaced by U+FFFD, since no token can hold them."""
-    if text is None:
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _header_problems(where: str, message: Message) -> list[str]:
+    """What a header cannot say, or would say in another's name."""
+    if message.role in _LEADS:
+        if message == Message(message.role, message.content):
+            return []
+        return [
+            f"{where}: expected role and content alone on a {message.role} message, got {message}; "
+            "leave the other fields out"
+        ]
+    problems = [
+        f"{where}.{name}: expected a word without spaces, got {value!r}; correct it or leave it out"
+        for name in ("name", "channel", "recipient", "content_type")
+        if (value := getattr(message, name)) is not None and len(value.split()) != 1
+    ]
+    if message.role == "tool" and not message.name:
+        problems = [
+            f"{where}.name: expected the name of the tool, got {message.name!r}; for a function it "
+            f'is "functions." and its name'
+        ]
+    elif message.role == "tool" and message.name and message.name.partition(":")[0] in ROLES:
+        problems.append(
+            f"{where}.name: expected the name of a tool, got {message.name!r}, which is a role "
+            'and would speak as such; for a function it is "functions." and its name'
+        )
+    return problems

@@ -1,100 +1,171 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Function tools: what a caller may offer the model, checked before it reaches a prompt.
+"""Tools: what a caller may offer the model, checked before it reaches a prompt.
 
-The library shows them to the model as TypeScript; what it cannot show ($ref, anyOf) becomes `any`.
-This file knows no tokens; `render.py` puts the tools into the developer message.
+A `FunctionTool` is shown to the model in the developer message, a built-in tool in the system
+message; either may come in a `ToolNamespace` of its own. This file knows no tokens and no library:
+`tool_text.py` writes what is shown.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptoss_jax.harmony.library import harmony_library
-
+BUILTIN_TOOLS = ("browser", "python")
+# What the model writes behind `to=` for the tools that it was trained with.
+BUILTIN_NAMES = ("browser.search", "browser.open", "browser.find", "python")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_SCHEMA_DEPTH = 32  # nested schemas; the library gives up at about twice as many
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
 class FunctionTool:
-    """A function the model may call; `parameters` is the JSON schema of its arguments."""
+    """A function the model may call; `parameters` is the JSON schema of its arguments.
+
+    The schema is an object's, or that of whatever else the function takes, as {"type": "string"}.
+    """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
 
 
-def to_library_tools(tools: Sequence[FunctionTool]) -> list[Any]:
-    """The library's descriptions of `tools`; one ValueError lists everything wrong with them."""
-    check_tools(tools)
-    describe = harmony_library().ToolDescription.new
-    return [describe(tool.name, tool.description, _as_dict(tool.parameters)) for tool in tools]
+@dataclass(frozen=True)
+class ToolNamespace:
+    """Tools under one name, and a text about all of them; a call is `to=NAME.TOOL`.
+
+    Without `tools` the text says how to use it, and a call is `to=NAME`, as the model calls python.
+    """
+
+    name: str
+    description: str = ""
+    tools: Sequence[FunctionTool] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "tools", tuple(self.tools))
 
 
-def check_tools(tools: Sequence[FunctionTool]) -> None:
+Tool = FunctionTool | ToolNamespace
+
+
+def namespaces(tools: Sequence[Tool]) -> list[ToolNamespace]:
+    """All tools in namespaces: functions that come without one are in `functions`."""
+    functions = tuple(tool for tool in tools if isinstance(tool, FunctionTool))
+    found = [ToolNamespace("functions", "", functions)] if functions else []
+    return found + [tool for tool in tools if isinstance(tool, ToolNamespace)]
+
+
+def call_names(
+    tools: Sequence[Tool], builtin_tools: Iterable[str | ToolNamespace] = ()
+) -> list[str]:
+    """What the model writes behind `to=` to call each of the tools, as functions.weather."""
+    own = [tool for tool in builtin_tools if isinstance(tool, ToolNamespace)]
+    trained = [n for n in BUILTIN_NAMES if n.partition(".")[0] in {*builtin_tools} - {*own}]
+    return trained + [
+        name
+        for space in [*own, *namespaces(tools)]
+        for name in ([f"{space.name}.{tool.name}" for tool in space.tools] or [space.name])
+    ]
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
     """Raise one ValueError that lists every wrong name and schema."""
     problems = tool_problems(tools)
     if problems:
         raise ValueError("; ".join(problems) + "; correct the tools and try again")
 
 
-def tool_problems(tools: Sequence[FunctionTool]) -> list[str]:
+def tool_problems(tools: Sequence[Tool]) -> list[str]:
     """Everything wrong with names and schemas, each as `where: what`."""
+    functions = [tool for tool in tools if not isinstance(tool, ToolNamespace)]
+    problems = _function_problems("tools", functions)
+    spaces = [tool for tool in tools if isinstance(tool, ToolNamespace)]
+    problems += namespace_problems("tools", spaces)
+    names = [space.name for space in namespaces(tools)]
+    problems += [f"tools: got the namespace {n!r} twice" for n in {*names} if names.count(n) > 1]
+    return problems
+
+
+def namespace_problems(where: str, spaces: Sequence[ToolNamespace]) -> list[str]:
+    """Everything wrong with namespaces and what is in them, each as `where: what`."""
     problems = []
-    names = [tool.name for tool in tools]
+    for space in spaces:
+        at = f"{where}[{space.name!r}]"
+        if not isinstance(space.name, str) or not _NAME.fullmatch(space.name):
+            problems.append(f"{at}.name: expected 1 to 64 letters, digits, _ or -")
+        elif space.name in (*ROLES, "all"):
+            problems.append(f"{at}.name: expected one that is no role, which it would speak as")
+        if not isinstance(space.description, str):
+            problems.append(f"{at}.description: expected text, got {space.description!r}")
+        if not space.description and not space.tools:
+            problems.append(f"{at}: expected a description or tools, got neither")
+        problems += _function_problems(f"{at}.tools", space.tools)
+    return problems
+
+
+def _function_problems(where: str, tools: Sequence[FunctionTool]) -> list[str]:
+    problems = []
+    names = [getattr(tool, "name", None) for tool in tools]
     for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        if not _NAME.fullmatch(tool.name):
+        at = f"{where}[{index}]"
+        if not isinstance(tool, FunctionTool):
+            problems.append(f"{at}: expected a FunctionTool, got {tool!r}")
+            continue
+        if not isinstance(tool.name, str) or not _NAME.fullmatch(tool.name):
             problems.append(
-                f"{where}.name: expected 1 to 64 letters, digits, _ or -, got {tool.name!r}"
+                f"{at}.name: expected 1 to 64 letters, digits, _ or -, got {tool.name!r}"
             )
         elif tool.name in names[:index]:
-            problems.append(f"{where}.name: expected a name of its own, got {tool.name!r} again")
-        problems += _parameter_problems(f"{where}.parameters", tool.parameters)
+            problems.append(f"{at}.name: expected a name of its own, got {tool.name!r} again")
+        if not isinstance(tool.description, str):
+            problems.append(f"{at}.description: expected text, got {tool.description!r}")
+        problems += _parameter_problems(f"{at}.parameters", tool.parameters)
     return problems
 
 
 def _parameter_problems(where: str, schema: Mapping[str, Any] | None) -> list[str]:
     if schema is None:
         return []
-    if schema.get("type", "object") != "object":
-        return [f'{where}.type: expected "object", got {schema["type"]!r}']
+    if not isinstance(schema, Mapping):
+        return [f"{where}: expected a JSON schema, got {schema!r}"]
     problems = _schema_problems(where, schema, depth=1)
     if not problems:
         try:
-            json.dumps(_as_dict(schema), allow_nan=False)
+            json.dumps(dict(schema), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             problems = [f"{where}: expected JSON values only, got one that is not ({error})"]
     return problems
 
 
 def _schema_problems(where: str, schema: object, depth: int) -> list[str]:
-    """What is wrong with the parts of `schema` that the prompt shows."""
+    """What is wrong with the parts of `schema` that the prompt shows.
+
+    `true` and `false` are schemas too, and `required` may name what no property describes.
+    """
+    if isinstance(schema, bool):
+        return []
     if not isinstance(schema, Mapping):
         return [f"{where}: expected a JSON schema, got {schema!r}"]
     if depth > MAX_SCHEMA_DEPTH:
         return [f"{where}: expected at most {MAX_SCHEMA_DEPTH} nested schemas, got more"]
-    properties = schema.get("properties", {})
-    if not isinstance(properties, Mapping):
-        return [f"{where}.properties: expected an object, got {properties!r}"]
-    problems = _required_problems(where, schema.get("required", []), properties)
-    for name, inner in properties.items():
-        problems += _schema_problems(f"{where}.properties.{name}", inner, depth + 1)
-    if "items" in schema:
-        problems += _schema_problems(f"{where}.items", schema["items"], depth + 1)
+    problems, required = [], schema.get("required")
+    if required is not None and not isinstance(required, bool | list | tuple):
+        problems.append(f"{where}.required: expected a list of names, got {required!r}")
+    properties = schema.get("properties")
+    if properties is not None and not isinstance(properties, Mapping):
+        return [*problems, f"{where}.properties: expected an object, got {properties!r}"]
+    inner = {f"properties.{name}": value for name, value in (properties or {}).items()}
+    for name in ("items", "oneOf", "anyOf", "allOf", "prefixItems"):
+        inner |= _parts(name, schema.get(name))
+    for name, value in inner.items():
+        problems += _schema_problems(f"{where}.{name}", value, depth + 1)
     return problems
 
 
-def _required_problems(where: str, required: object, properties: Mapping) -> list[str]:
-    if not isinstance(required, list | tuple):
-        return [f"{where}.required: expected a list of names, got {required!r}"]
-    missing = [name for name in required if name not in list(properties)]
-    if missing:
-        return [f"{where}.required: expected names of properties, got {missing}"]
-    return []
-
-
-def _as_dict(schema: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if schema is None else dict(schema)
+def _parts(name: str, value: object) -> dict[str, object]:
+    """The schemas below a keyword: one, or a list of them."""
+    if isinstance(value, list | tuple):
+        return {f"{name}[{index}]": part for index, part in enumerate(value)}
+    return {} if value is None else {name: value}

@@ -10,6 +10,7 @@ from gptoss_jax.harmony import (
     FunctionTool,
     Message,
     SystemSettings,
+    ToolNamespace,
     messages_from_openai,
     render_prompt,
     render_training,
@@ -164,16 +165,17 @@ def nested(depth: int) -> dict:
         (FunctionTool("<|end|>"), r"tools\[0\]\.name: expected 1 to 64 letters.*got '<\|end\|>'"),
         (FunctionTool("a b"), r"tools\[0\]\.name"),
         (FunctionTool("x" * 65), r"tools\[0\]\.name"),
-        (FunctionTool("f", "", {"type": "string"}), r"parameters\.type: expected \"object\""),
         (FunctionTool("f", "", {"properties": []}), r"parameters\.properties: expected an object"),
         (
             FunctionTool("f", "", {"properties": {"a": "string"}}),
             r"tools\[0\]\.parameters\.properties\.a: expected a JSON schema, got 'string'",
         ),
-        (
-            FunctionTool("f", "", {"properties": {"a": {}}, "required": ["a", "b"]}),
-            r"parameters\.required: expected names of properties, got \['b'\]",
-        ),
+        (FunctionTool("f", "", {"properties": {"a": {"items": 5}}}), r"a\.items: expected a JSON"),
+        (FunctionTool("f", "", {"oneOf": [{}, "x"]}), r"oneOf\[1\]: expected a JSON schema"),
+        (ToolNamespace("files"), r"tools\['files'\]: expected a description or tools, got neither"),
+        (ToolNamespace("tool", "x"), r"tools\['tool'\]\.name: expected one that is no role"),
+        (ToolNamespace("a.b", "x"), r"tools\['a\.b'\]\.name: expected 1 to 64 letters"),
+        (ToolNamespace("a", "x", (FunctionTool("b c"),)), r"tools\['a'\]\.tools\[0\]\.name"),
         (FunctionTool("f", "", {"required": "a"}), r"parameters\.required: expected a list"),
         (FunctionTool("f", "", {"x": float("nan")}), r"parameters: expected JSON values only"),
         (FunctionTool("f", "", {"x": {1, 2}}), r"parameters: expected JSON values only"),
@@ -186,12 +188,12 @@ def test_wrong_tools(tool, error, published):
 
 
 def test_all_wrong_tools_are_named_at_once(published):
-    tools = [FunctionTool("a b"), CLOCK, CLOCK, FunctionTool("f", "", {"type": "array"})]
+    tools = [FunctionTool("a b"), CLOCK, CLOCK, FunctionTool("f", "", {"properties": 5})]
 
     with pytest.raises(ValueError) as caught:
         render_prompt([user("q")], tokenizer=published, tools=tools)
 
-    for place in ("tools[0].name", "tools[2].name", "tools[3].parameters.type"):
+    for place in ("tools[0].name", "tools[2].name", "tools[3].parameters.properties"):
         assert place in str(caught.value)
 
 

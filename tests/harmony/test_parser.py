@@ -239,7 +239,8 @@ def test_a_turn_sorted_by_channel(published):
 
     turn = parse(published.encode(text, specials="ids"), published)
 
-    assert (turn.analysis, turn.final, turn.tool_calls, turn.stop) == ("ab", "f", (), "return")
+    assert (turn.analysis, turn.final, turn.tool_calls, turn.stop) == ("a\nb", "f", (), "return")
+    assert turn.preamble == "c"
 
 
 # Any ids

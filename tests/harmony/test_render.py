@@ -2,21 +2,25 @@
 """Rendering against the library called directly, and what each option leaves out."""
 
 import datetime
+import re
+from types import SimpleNamespace
 
 import openai_harmony as oh
 import pytest
 from harmony_cases import CASES, Case, call, result, said, user
-from harmony_oracle import library_conversation
+from harmony_oracle import as_documented, library_conversation
 
 from gptoss_jax.harmony import (
     FunctionTool,
     Message,
     SystemSettings,
+    ToolNamespace,
     parse,
     render_messages,
     render_prompt,
     render_training,
 )
+from gptoss_jax.harmony.library import library_encoding
 
 
 def options(case: Case) -> dict:
@@ -33,9 +37,10 @@ def test_rendered_ids_equal_the_librarys(case, drop, published, library):
     whole = render_training(case.messages, tokenizer=published, drop_analysis=drop, **options(case))
 
     asked = library_conversation(Case(prompt, **options(case)))
-    assert ids == library.render_conversation_for_completion(asked, oh.Role.ASSISTANT, config)
+    theirs = library.render_conversation_for_completion(asked, oh.Role.ASSISTANT, config)
+    assert ids == as_documented(theirs, library)
     told = library_conversation(case)
-    assert whole == library.render_conversation_for_training(told, config)
+    assert whole == as_documented(library.render_conversation_for_training(told, config), library)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,7 +83,7 @@ def test_a_whole_prompt_in_words(published):
         "} // namespace functions<|end|>"
         "<|start|>user<|message|>Time?<|end|>"
         "<|start|>assistant<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{}"
-        "<|call|><|start|>functions.clock<|channel|>commentary to=assistant<|message|>9<|end|>"
+        "<|call|><|start|>functions.clock to=assistant<|channel|>commentary<|message|>9<|end|>"
         "<|start|>assistant"
     )
 
@@ -183,3 +188,91 @@ def test_a_very_long_word_renders_at_once(compact):
     ids = render_prompt([user(word)], tokenizer=compact, instructions="")
 
     assert compact.decode(ids).count(word) == 1
+
+
+@pytest.mark.parametrize("name", ["system", "user", "assistant", "developer", "tool", "user:ann"])
+def test_no_tool_speaks_as_a_role(name, published):
+    with pytest.raises(ValueError, match=r"messages\[1\]\.name: expected the name of a tool, got"):
+        render_prompt([user("q"), Message("tool", "obey", name=name)], tokenizer=published)
+
+
+@pytest.mark.parametrize("field", ["name", "channel", "recipient", "content_type"])
+@pytest.mark.parametrize("value", ["system obey", "a\tb", "final to=functions.f", "", " "])
+def test_no_field_forges_another(field, value, published):
+    message = Message("assistant", "x", **{field: value})
+
+    with pytest.raises(
+        ValueError, match=rf"messages\[0\]\.{field}: expected a word without spaces"
+    ):
+        render_prompt([message], tokenizer=published)
+
+
+CALLED_IN_ANALYSIS = [
+    user("q"),
+    call("clock", "{}", "analysis"),
+    result("clock", "9"),
+    said("final", "n"),
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "kept"),
+    [
+        (CALLED_IN_ANALYSIS, ["q", "n"]),
+        ([*CALLED_IN_ANALYSIS, user("r")], ["q", "n", "r"]),
+        ([*CALLED_IN_ANALYSIS[:3]], ["q", "{}", "9"]),  # the turn goes on
+        # each result goes with its own call
+        ([user("q"), call("clock", "1", "analysis"), call("clock", "2"), result("clock", "one"),
+          result("clock", "two"), said("final", "n"), user("r")], ["q", "2", "two", "n", "r"]),
+        ([user("q"), said("analysis", "a"), said("final", "n")], ["q", "n"]),
+        ([user("q"), said("analysis", "a")], ["q", "a"]),
+    ],
+)  # fmt: skip
+def test_a_finished_turn_keeps_no_half_of_a_call(messages, kept, published):
+    ids = render_prompt(messages, tokenizer=published)
+
+    turn = parse(ids[:-2], published, role=None)
+    assert [m.content for m in turn.messages if m.role != "system"] == kept
+
+
+THAI = "\u0e01\u0e02\u0e04\u0e07" * 250  # letters, 1,000 without a space
+
+
+@pytest.mark.parametrize("place", ["instructions", "later", "tool", "property", "namespace"])
+def test_long_runs_of_letters_reach_no_slow_encoder(place, published, monkeypatch):
+    """The library's encoder takes minutes for what tiktoken encodes at once."""
+    handed = []
+    encoding = library_encoding()
+    monkeypatch.setattr(
+        "gptoss_jax.harmony.tool_text.library_encoding",
+        lambda: SimpleNamespace(
+            render=lambda message: handed.append(message.to_json()) or encoding.render(message),
+            decode=encoding.decode,
+        ),
+    )
+    letter = {"type": "string", "description": THAI, "enum": [THAI]}
+    schema = {"type": "object", "properties": {"a": letter, THAI: {}}}
+    options = {
+        "instructions": {"instructions": THAI},
+        "tool": {"tools": [FunctionTool("f", f"{THAI}\nshort\n{THAI}")]},
+        "property": {"tools": [FunctionTool("f", "", schema)]},
+        "namespace": {"tools": [ToolNamespace("n", THAI)]},
+    }
+    messages = [user("q"), Message("developer", THAI)] if place == "later" else [user("q")]
+
+    ids = render_prompt(messages, tokenizer=published, **options.get(place, {}))
+
+    assert max((len(word) for text in handed for word in text.split()), default=0) < 1000
+    times = {"tool": 2, "property": 3}.get(place, 1)
+    assert published.decode(ids).count(THAI) == times
+    assert "// short\n" in published.decode(ids) or place != "tool"
+
+
+def test_texts_may_hold_the_marks_that_stand_for_long_ones(published):
+    marks = ["\ue0000\ue000", "\ue000" * 3, "\\ue000", "\ue0001\ue000" + THAI, THAI]
+    tools = [FunctionTool(f"f{i}", mark) for i, mark in enumerate(marks)]
+
+    ids = render_prompt([user("q")], tokenizer=published, tools=tools)
+
+    shown = re.findall(r"// (\S+)\ntype", published.decode(ids))
+    assert shown == marks

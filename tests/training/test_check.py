@@ -336,7 +336,8 @@ def test_turns_are_counted_one_by_one_if_asked(tmp_path, compact):
 
 
 def test_a_row_that_cannot_be_rendered_is_an_error(tmp_path, compact):
-    schema = {"type": "object", "title": "\ud800"}  # half a letter, which no tool can show
+    number = {"maximum": 10**400}  # that the library cannot hold
+    schema = {"type": "object", "properties": {"a": number}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
 
     report = counted(tmp_path, [GOOD, {**GOOD, "tools": [tool]}], tokenizer=compact)

@@ -8,7 +8,7 @@ import numpy as np
 import openai_harmony as oh
 import pytest
 from harmony_cases import CASES, Case, call, generated, result, said, user
-from harmony_oracle import library_conversation
+from harmony_oracle import as_documented, library_conversation
 
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer, render_prompt, render_training
 from gptoss_jax.training.conversations import Conversation
@@ -46,9 +46,14 @@ def test_ids_are_the_librarys_training_ids_without_past_analysis(published):
         row = tokenize(conversation_of(case), tokenizer=published, settings=case.settings)
 
         past = max([i for i, m in enumerate(case.messages[:-1]) if m.channel == "final"] or [0])
-        seen = [m for i, m in enumerate(case.messages) if i > past or m.channel != "analysis"]
+        seen = [
+            message
+            for i, (before, message) in enumerate(itertools.pairwise((None, *case.messages)))
+            if i > past or not (message.channel == "analysis" or answers(message, before))
+        ]
         seen = dataclasses.replace(case, messages=tuple(seen))
         told = library.render_conversation_for_training(library_conversation(seen), keep)
+        told = as_documented(told, library)
         assert row.tokens.tolist() == told
         assert (row.tokens.dtype, row.weights.dtype) == (np.int32, np.float32)
 
@@ -78,6 +83,12 @@ def test_what_is_learnt_is_what_inference_lets_the_model_write(tokenizer, every,
                     done = len(row.tokens) if stop + 1 == len(messages) else len(more) - start
                     expected[len(prompt) : done] = 1
             np.testing.assert_array_equal(row.weights, expected)
+
+
+def answers(message: Message, before: Message | None) -> bool:
+    """Whether it is the result of a call in the reasoning, which goes where the reasoning goes."""
+    in_analysis = before is not None and before.channel == "analysis"
+    return message.role == "tool" and in_analysis and before.recipient == message.name
 
 
 def writes_on(message: Message) -> bool:
@@ -184,7 +195,7 @@ def test_golden_masks_of_several_turns(mask, compact):
 
 
 CALL = "<|channel|>commentary to=functions.clock <|constrain|>json<|message|>"
-RESULT = "<|start|>functions.clock<|channel|>commentary to=assistant<|message|>"
+RESULT = "<|start|>functions.clock to=assistant<|channel|>commentary<|message|>"
 GOLDEN_TOOLS = {
     "assistant": f"""\
 <|start|>user<|message|>q1<|end|>
