@@ -51,7 +51,8 @@ def test_ids_are_the_librarys_training_ids_without_past_analysis(published):
             for i, (before, message) in enumerate(itertools.pairwise((None, *case.messages)))
             if i > past or not (message.channel == "analysis" or answers(message, before))
         ]
-        seen = dataclasses.replace(case, messages=tuple(seen))
+        lead = case.instructions or None  # an empty text is none
+        seen = dataclasses.replace(case, messages=tuple(seen), instructions=lead)
         told = library.render_conversation_for_training(library_conversation(seen), keep)
         told = as_documented(told, library)
         assert row.tokens.tolist() == told
