@@ -80,6 +80,7 @@ class HarmonyParser:
         self._given_role: str | None = None  # author of the sections, where they do not name it
         self._header: Header | None = None
         self._pieces: list[str] = []
+        self._called = False  # whether `<|call|>` ended the last message
         self._finished = False
         self._on_special = {
             "<|start|>": self._on_start,
@@ -220,7 +221,7 @@ class HarmonyParser:
             self._recover("leftover", " ".join(header.leftovers))
         if header.misspelled:
             self._recover("misspelled_field", " ".join(header.misspelled))
-        if self._role is not None and header.role != self._role:
+        if self._is_anothers(header):
             self._recover("other_role", header.role)
         elif header.role == "assistant" and header.channel not in {None, *self._channels}:
             self._recover("unknown_channel", header.channel or "")
@@ -230,6 +231,12 @@ class HarmonyParser:
                 header.role, header.name, header.channel, header.recipient, header.content_type
             )
         )
+
+    def _is_anothers(self, header: Header) -> bool:
+        """Whether the role is not the one that was asked for. What follows `<|call|>` no model
+        wrote, since that ends what it writes: there a tool may answer."""
+        answers = self._called and header.role == "tool"
+        return self._role is not None and header.role != self._role and not answers
 
     def _start_without_marker(self, header: Header, text: str) -> None:
         self._recover("missing_message", spell_header(self._sections))
@@ -244,10 +251,10 @@ class HarmonyParser:
             recipient=header.recipient,
             name=header.name,
             content_type=header.content_type,
-            constrained=header.constrained,
-            recipient_first=header.recipient_first,
+            constrained=header.constrained if header.content_type else None,
+            recipient_first=header.recipient_first if header.recipient else None,
         )
-        self._header = None
+        self._header, self._called = None, reason == "call"
         self._events.append(MessageEnd(message, reason))
 
     def _close_header(self, reason: str) -> None:

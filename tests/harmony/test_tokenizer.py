@@ -4,6 +4,8 @@
 import itertools
 import json
 import random
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,3 +232,30 @@ def test_declarations_that_are_no_object(text, tmp_path):
 def test_wrong_arguments(call, message, compact):
     with pytest.raises(ValueError, match=message):
         call(compact)
+
+
+@pytest.mark.parametrize("specials", ["text", "ids", "reject"])
+@pytest.mark.parametrize("space", [" ", "\n", " \t", "\u3000", "\r\n"])
+def test_no_piece_has_more_white_space_than_tiktoken_takes(space, specials, published, monkeypatch):
+    """What is handed on is looked at; tiktoken itself sees only what it can take."""
+    monkeypatch.setattr("gptoss_jax.harmony.tokenizer.MAX_WHITESPACE", 50)
+    handed = []
+    encoding = published._encoding
+    recorder = SimpleNamespace(
+        encode_ordinary=lambda text: handed.append(text) or encoding.encode_ordinary(text),
+        encode=lambda text, **options: handed.append(text) or encoding.encode(text, **options),
+    )
+    text = f"a{space * 120}b {space * 20}c{space * 51}"
+    monkeypatch.setattr(published, "_encoding", recorder)
+
+    ids = published.encode(text, specials=specials)
+
+    assert "".join(handed) == text == published.decode(ids)
+    assert max(len(run) for piece in handed for run in re.findall(r"\s+", piece)) <= 50
+
+
+def test_only_long_runs_of_white_space_are_cut(published):
+    texts = ["a" * 70_000, "a b " * 20_000, "\u0e01" * 70_000, f"x{' ' * 65_536}y"]
+
+    for text in texts:
+        assert published.encode(text) == published._encoding.encode_ordinary(text)
