@@ -491,7 +491,7 @@ FILES = ToolNamespace("files", "The user's files.", [FunctionTool("read")])
 
 def test_built_in_tools_are_offered_called_and_answered(model, tokenizer, reciter):
     reciter.says("<|channel|>analysis to=python code<|message|>1+1<|call|>", ANSWER, ANSWER)
-    talk = Conversation(model, builtin_tools=("python", FILES), tools=[WEATHER])
+    talk = Conversation(model, builtin_tools=("python",))
 
     reply = talk.ask("1+1?")
     last = talk.ask({"role": "tool", "name": "python", "content": "2"})
@@ -504,16 +504,18 @@ def test_built_in_tools_are_offered_called_and_answered(model, tokenizer, recite
             Message("tool", "2", "analysis", "assistant", name="python"),
         ],
         tokenizer=tokenizer,
-        settings=SystemSettings(builtin_tools=("python", FILES)),
-        tools=[WEATHER],
-    )
-    for text in ("## python\n", "namespace files {", "namespace functions {"):
-        assert text in reciter.prompt_text()
-    assert chat(model, "Hi", builtin_tools=("python",)).prompt == render_prompt(
-        [Message("user", "Hi")],
-        tokenizer=tokenizer,
         settings=SystemSettings(builtin_tools=("python",)),
     )
+
+
+def test_a_namespace_of_ones_own_is_offered_and_called(model, reciter):
+    reciter.says("<|channel|>commentary to=read json<|message|>{}<|call|>")
+
+    reply = chat(model, "Hi", builtin_tools=(FILES,), tools=[WEATHER])
+
+    assert reply.tool_calls[0].recipient == "files.read"
+    for text in ("namespace files {", "namespace functions {"):
+        assert text in reciter.prompt_text()
 
 
 def test_a_function_may_be_called_as_a_built_in_tool(model, reciter):
