@@ -6,6 +6,7 @@ without spaces, so these are marked, and put into its text afterwards. What Type
 ($ref, anyOf) becomes `any`. This file knows no messages; `system_text.py` says where tools stand.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class _Marks:
     """Long texts, and what stands for each of them until the library has written its part."""
 
     def __init__(self, tools: Sequence[str | ToolNamespace]):
-        self._texts: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._mark = _MARK
         while repr(self._mark)[1:-1] in repr(tools):
             self._mark += _MARK
@@ -53,33 +54,36 @@ class _Marks:
         text = clean(text)
         if len(text) <= LONG:
             return text
-        if text not in self._texts:
-            self._texts.append(text)
-        return f"{self._mark}{self._texts.index(text)}{self._mark}"
+        number = self._numbers.setdefault(text, len(self._numbers))
+        return f"{self._mark}{number}{self._mark}"
 
     def lines(self, text: str) -> str:
         """The same line by line: the library puts `//` before each."""
         return "\n".join(self.short(line) for line in text.splitlines())
 
-    def schema(self, value: Any) -> Any:
-        """A JSON schema whose long texts are marked, but for those inside other values."""
+    def schema(self, value: Any, *, as_json: bool = False) -> Any:
+        """A JSON schema whose long texts are marked.
+
+        A default that is no text is shown `as_json`, and so is what stands for a text in it.
+        """
         if isinstance(value, str):
-            return self.short(value)
+            spelled = json.dumps(clean(value), ensure_ascii=False)[1:-1]
+            return self.short(spelled) if as_json and len(value) > LONG else self.short(value)
         if isinstance(value, list | tuple):
-            return [self.schema(part) for part in value]
+            return [self.schema(part, as_json=as_json) for part in value]
         if not isinstance(value, Mapping):
             return value
         return {
-            self.short(str(key)): part
-            if key == "default" and not isinstance(part, str)
-            else self.schema(part)
+            self.schema(str(key), as_json=as_json): self.schema(
+                part, as_json=as_json or (key == "default" and not isinstance(part, str))
+            )
             for key, part in value.items()
         }
 
     def replaced(self, text: str) -> str:
         """The library's text with the long ones in their places."""
-        mark = re.escape(self._mark)
-        return re.sub(f"{mark}([0-9]+){mark}", lambda found: self._texts[int(found[1])], text)
+        mark, texts = re.escape(self._mark), list(self._numbers)
+        return re.sub(f"{mark}([0-9]+){mark}", lambda found: texts[int(found[1])], text)
 
 
 def _library_namespace(tool: str | ToolNamespace, marks: _Marks) -> Any:

@@ -2,7 +2,9 @@
 """Rendering against the library called directly, and what each option leaves out."""
 
 import datetime
+import random
 import re
+import time
 from types import SimpleNamespace
 
 import openai_harmony as oh
@@ -19,6 +21,7 @@ from gptoss_jax.harmony import (
     render_messages,
     render_prompt,
     render_training,
+    tool_text,
 )
 from gptoss_jax.harmony.library import library_encoding
 
@@ -251,7 +254,8 @@ def test_long_runs_of_letters_reach_no_slow_encoder(place, published, monkeypatc
         ),
     )
     letter = {"type": "string", "description": THAI, "enum": [THAI]}
-    schema = {"type": "object", "properties": {"a": letter, THAI: {}}}
+    words = {"type": "array", "default": [f'"{THAI}"']}
+    schema = {"type": "object", "properties": {"a": letter, THAI: {}, "b": words}}
     options = {
         "instructions": {"instructions": THAI},
         "tool": {"tools": [FunctionTool("f", f"{THAI}\nshort\n{THAI}")]},
@@ -263,9 +267,28 @@ def test_long_runs_of_letters_reach_no_slow_encoder(place, published, monkeypatc
     ids = render_prompt(messages, tokenizer=published, **options.get(place, {}))
 
     assert max((len(word) for text in handed for word in text.split()), default=0) < 1000
-    times = {"tool": 2, "property": 3}.get(place, 1)
+    times = {"tool": 2, "property": 4}.get(place, 1)
     assert published.decode(ids).count(THAI) == times
     assert "// short\n" in published.decode(ids) or place != "tool"
+    assert rf'// default: ["\"{THAI}\""]' in published.decode(ids) or place != "property"
+
+
+def test_thai_instructions_render_as_fast_as_a_users_text(published):
+    text = "".join(chr(0x0E01 + i % 46) for i in range(60_000))
+    tool = FunctionTool("f", text, {"type": "object", "properties": {text: {}}})
+
+    def best(**options) -> float:
+        def once() -> float:
+            start = time.perf_counter()
+            render_prompt(tokenizer=published, **options)
+            return time.perf_counter() - start
+
+        return min(once() for _ in range(5))
+
+    usual = best(messages=[user(text)])
+    assert best(messages=[user("q")], instructions=text) < 3 * usual
+    assert best(messages=[user("q"), Message("system", text)]) < 3 * usual
+    assert best(messages=[user("q")], tools=[tool]) < 6 * usual  # the text comes twice
 
 
 def test_texts_may_hold_the_marks_that_stand_for_long_ones(published):
@@ -276,3 +299,37 @@ def test_texts_may_hold_the_marks_that_stand_for_long_ones(published):
 
     shown = re.findall(r"// (\S+)\ntype", published.decode(ids))
     assert shown == marks
+
+
+def random_schema(draw: random.Random, depth: int = 0) -> object:
+    texts = ["x", "a longer text", 'quo"tes \\ and\nlines\r\n', "\u0e01" * 19, "", "\ue000"]
+    text = draw.choice(texts)
+    schema: dict[str, object] = {"type": draw.choice(["object", "string", "array", "integer", "x"])}
+    for key in draw.sample(["title", "description", "format", "default"], 2):
+        schema[key] = text
+    if draw.random() < 0.3:
+        schema["default"] = draw.choice([1, None, True, [text, 1], {text: [text]}, 0.5])
+    if draw.random() < 0.3:
+        schema["enum"] = [text, "other", 3]
+        schema["default"] = 3  # a text is shown as JSON here and there, by the library's whim
+    if draw.random() < 0.3:
+        schema["examples"] = [text, 5]
+    if depth < 3:
+        inner = [random_schema(draw, depth + 1) for _ in range(3)]
+        schema |= {"properties": {text: inner[0], "b": inner[1]}, "required": ["b", text]}
+        schema |= {"items": inner[2]} if draw.random() < 0.7 else {}
+        schema |= {"oneOf": inner[:2]} if draw.random() < 0.3 else {}
+    return draw.choice([schema] * 9 + [True])
+
+
+def test_what_is_marked_shows_as_what_is_not(monkeypatch):
+    draw = random.Random(3)
+    for _ in range(150):
+        schema = random_schema(draw)
+        tool = FunctionTool("f", "one\ntwo lines", {} if schema is True else schema)
+        tools = [ToolNamespace("n", "a text of its own", (tool,))]
+        monkeypatch.setattr(tool_text, "LONG", 10**9)
+        whole = tool_text.tools_text(tools)
+        monkeypatch.setattr(tool_text, "LONG", 12)  # longer than any keyword
+
+        assert tool_text.tools_text(tools) == whole
