@@ -287,7 +287,8 @@ class Conversation:
 
         def remember(reply: Reply) -> None:
             # A model that runs wild may write turns of others and answer them: never said.
-            self.messages += [*added, *reply.turn.own]
+            own = [message for message in reply.turn.own if message.role == "assistant"]
+            self.messages += [*added, *own]
 
         parser = HarmonyParser(
             self.tokenizer,

@@ -123,6 +123,9 @@ def split_header(sections: list[Section], role: str | None) -> tuple[Header, str
             header.constrained = header.content_type is not None
         if header.recipient is None:
             header.recipient, rest = _take(_RECIPIENT, rest)
+            if header.recipient is not None and not _names_a_tool(header.recipient):
+                header.leftovers.append(f"to={header.recipient}")
+                header.recipient = None
             header.recipient_first = header.recipient is not None and section.marker == "start"
         body += rest
     _set_author(header, author, role, is_closed=False)
@@ -180,7 +183,7 @@ def _is_recipient(word: str) -> bool:
 
 def _is_tool_name(word: str) -> bool:
     """Whether a word without `to=` can only be a recipient; `python` may be a content type."""
-    function = word.startswith(FUNCTIONS) and word != FUNCTIONS
+    function = word.startswith(FUNCTIONS) and _names_a_tool(word)
     return function or (word in BUILTIN_NAMES and "." in word)
 
 
@@ -201,10 +204,15 @@ def _take(pattern: re.Pattern[str], text: str) -> tuple[str | None, str]:
 def _set_recipient(header: Header, words: list[str]) -> None:
     for word in words:
         named = word.removeprefix("to=")
-        if header.recipient is None and named not in ("", "functions") and named[-1] != ".":
+        if header.recipient is None and _names_a_tool(named):
             header.recipient = named
         else:
             header.leftovers.append(word)
+
+
+def _names_a_tool(recipient: str) -> bool:
+    """Whether it names anyone at all: `to=functions.` does not."""
+    return recipient not in ("", "functions") and recipient[-1] != "."
 
 
 def _set_content_type(header: Header, marked: list[str], bare: list[str]) -> None:

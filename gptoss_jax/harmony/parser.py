@@ -80,7 +80,7 @@ class HarmonyParser:
         self._given_role: str | None = None  # author of the sections, where they do not name it
         self._header: Header | None = None
         self._pieces: list[str] = []
-        self._called = False  # whether `<|call|>` ended the last message
+        self._called = False  # whether the last message was a call, and ended as one
         self._finished = False
         self._on_special = {
             "<|start|>": self._on_start,
@@ -254,7 +254,8 @@ class HarmonyParser:
             constrained=header.constrained if header.content_type else None,
             recipient_first=header.recipient_first if header.recipient else None,
         )
-        self._header, self._called = None, reason == "call"
+        self._header = None
+        self._called = reason == "call" and message.is_tool_call
         self._events.append(MessageEnd(message, reason))
 
     def _close_header(self, reason: str) -> None:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a completion comes to: calls of what was offered, the answer, and headers of any length."""
 
-import pytest
-from test_parser import BEFORE, A, byte_id, check_nothing_lost
+import random
 
-from gptoss_jax.harmony import parse
+import pytest
+from test_parser import BEFORE, FRAGMENTS, A, byte_id, check_nothing_lost
+
+from gptoss_jax.harmony import Message, parse, render_messages, render_prompt
+from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
 
 OFFERED = ["functions.weather", "functions.clock", "python", "files.read", "browser.search"]
 
@@ -160,3 +163,21 @@ def test_a_long_recipient_is_whole(published):
     (call,) = parse(published.encode(LONG_HEADERS[0], specials="ids"), published).tool_calls
 
     assert (call.recipient, call.content) == ("functions." + "x" * 300, "{}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_was_written_can_be_shown_again(seed, compact):
+    """A conversation with a model that runs wild goes on: its turn renders, and reads the same."""
+    draw = random.Random(seed)
+    pool = [[compact.specials[text]] for text in HARMONY_SPECIALS] * 2
+    pool += [compact.encode(text) for text in FRAGMENTS]
+    for _ in range(300):
+        ids = [i for _ in range(draw.randrange(14)) for i in draw.choice(pool)]
+        own = [m for m in parse(ids, compact, tools=OFFERED).own if m.role == A]
+
+        parts = render_messages([Message("user", "q"), *own], tokenizer=compact)
+
+        shown = [i for part in parts[2:] for i in part.ids]
+        again = [m.content for m in parse(shown, compact, role=None).messages]
+        assert again == [own[part.index - 1].content for part in parts[2:]]
+        render_prompt([*own, Message("user", "r")], tokenizer=compact)
