@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are kept: the model inside the package, and the user's cache.
+"""Where things are kept: the model inside the package, the user's cache, and Hugging Face's.
 
-Knows paths only; it makes no folder and reads no file.
+Knows paths only; it makes no folder, reads no weights and asks nobody over the network. What is in
+a checkpoint folder is the business of weights/checkpoint.py.
 """
 
 import os
+import re
 from pathlib import Path
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "tiny"
+
+# The published models and the bytes of their tensors.
+PUBLISHED = {"openai/gpt-oss-20b": 13_761_264_768, "openai/gpt-oss-120b": 65_248_815_744}
+_HUB_NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def cache_folder() -> Path:
@@ -17,3 +23,94 @@ def cache_folder() -> Path:
         return Path(own)
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(parent) / "gptoss_jax"
+
+
+def hub_cache() -> Path:
+    """Where the tools of Hugging Face keep what they download; the same variables decide."""
+    variables = os.environ
+    parent = variables.get("XDG_CACHE_HOME") or "~/.cache"
+    home = variables.get("HF_HOME") or os.path.join(parent, "huggingface")
+    own = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(os.path.expanduser(own or os.path.join(home, "hub"))))
+
+
+def checkpoint_folder(path: str | Path | None) -> Path:
+    """The folder that a user means: one on this machine, or a name in the Hugging Face cache.
+
+    None is the bundled model. A path that exists is itself, `~` expanded. "owner/name", or
+    "owner/name@revision", is the snapshot that was downloaded last under that name. Nothing is
+    downloaded. Raises ValueError that says where was looked and how to get the weights.
+    """
+    if path is None:
+        return BUNDLED_MODEL
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(
+            f"path: expected a checkpoint folder, a name such as 'openai/gpt-oss-20b', or None for "
+            f"the bundled model, got {path!r}"
+        )
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    name = _HUB_NAME.fullmatch(str(path))
+    if name and (kept := hub_cache() / f"models--{name['owner']}--{name['name']}").is_dir():
+        return _snapshot(kept, f"{name['owner']}/{name['name']}", name["revision"])
+    raise ValueError(_not_found(str(path), name and f"{name['owner']}/{name['name']}"))
+
+
+def _snapshot(kept: Path, name: str, revision: str | None) -> Path:
+    """One of the snapshots of a model: a ref that has the revision's name says which, as does a
+    commit; without a revision the ref `main`, else the only one there is."""
+    there = sorted(folder.name for folder in kept.glob("snapshots/*") if folder.is_dir())
+    commit = revision if revision in there else _commit(kept, revision or "main")
+    if commit is None and revision is None and len(there) == 1:
+        commit = there[0]
+    if commit in there:
+        return kept / "snapshots" / commit
+    again = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    if not there or commit is not None:
+        raise ValueError(
+            f"path: expected the weights of {name} in the Hugging Face cache, got {str(kept)!r} "
+            f"without the snapshot {commit or revision or 'main'}; finish the download: {again}"
+        )
+    found, one = ", ".join(there), f"{name}@{there[0]}"
+    if revision is None:
+        raise ValueError(
+            f"path: expected one snapshot of {name}, or one that is called main, got {found} in "
+            f"{str(kept)!r}; choose with {one!r}"
+        )
+    raise ValueError(
+        f"path: expected a revision of {name} that was downloaded, got {revision!r}; there are "
+        f"{found}: choose as with {one!r}, or fetch it: {again}"
+    )
+
+
+def _commit(kept: Path, ref: str) -> str | None:
+    """The commit that a ref was at when it was downloaded."""
+    file = kept / "refs" / ref
+    if ".." in file.parts or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    return text if re.fullmatch(r"[0-9A-Za-z]+", text) else None
+
+
+def _not_found(path: str, hub_name: str | None) -> str:
+    """What is said where there is nothing, and how to get something."""
+    model = hub_name or "openai/gpt-oss-20b"
+    size = f", {PUBLISHED[model] / 1e9:.1f} GB" if model in PUBLISHED else ""
+    looked = f", nor in {str(hub_cache())!r}" if hub_name else ""
+    return (
+        f"path: expected a checkpoint folder on this machine, or a name such as "
+        f"'openai/gpt-oss-20b' that is in the Hugging Face cache, got {path!r}: there is no such "
+        f"folder{looked}. Nothing is downloaded for you; `hf download {model} --exclude '*/*'` "
+        f"fetches what is needed of {model}{size}: *.safetensors with their index, config.json, "
+        "generation_config.json and the tokenizer's files (original/ and metal/ hold the same "
+        "weights again)"
+    )
+
+
+def hub_name(folder: str | Path) -> str | None:
+    """The name "owner/name" of a snapshot in the layout of the Hugging Face cache, else None."""
+    *_, model, snapshots, _revision = ("", "", "", *Path(folder).parts)
+    if snapshots != "snapshots" or not model.startswith("models--"):
+        return None
+    return model.removeprefix("models--").replace("--", "/", 1)

@@ -20,8 +20,8 @@ from gptoss_jax.training.store import CheckpointOptions
 class BaseOptions:
     """The model that is fine-tuned."""
 
-    checkpoint: str | None = None  # a folder; None is the bundled tiny model
-    experts: Literal["packed", "bf16"] | None = None  # None: packed under adapters, else bf16
+    checkpoint: str | None = None  # a folder or a name, as in `load`; None is the tiny one
+    experts: Literal["packed", "bf16"] | None = None  # None: as they are; bf16 without lora
     dtype: Literal["bfloat16", "float32"] | None = None  # None: what suits the device
 
 
@@ -99,8 +99,9 @@ class FinetuneRun:
         ]
 
     @property
-    def experts(self) -> str:
-        return self.model.experts or ("bf16" if self.lora is None else "packed")
+    def experts(self) -> str | None:
+        """How they are held; None is as the checkpoint has them, where adapters are trained."""
+        return self.model.experts or ("bf16" if self.lora is None else None)
 
     def written_mesh(self) -> WrittenMesh | None:
         """How devices share the model; None is one device."""

@@ -17,7 +17,7 @@ from flax import nnx
 from gptoss_jax.distributed import agree, is_first, of_first, together
 from gptoss_jax.finetuning.options import FinetuneRun, differences
 from gptoss_jax.finetuning.watching import hooks_of
-from gptoss_jax.folders import BUNDLED_MODEL
+from gptoss_jax.folders import checkpoint_folder
 from gptoss_jax.generation import tokenizer_of
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
@@ -53,7 +53,7 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     folder = Path(run.output)
     together(lambda: _check_folder(run), "output")
     say = of_first(say)
-    checkpoint = str(BUNDLED_MODEL) if run.model.checkpoint is None else run.model.checkpoint
+    checkpoint = together(lambda: checkpoint_folder(run.model.checkpoint), "checkpoint")
     where = together(lambda: _place(run, checkpoint), "mesh")
     how = {"experts": run.experts, "dtype": run.model.dtype, "mesh": where}
     base = together(lambda: load(checkpoint, **how), "checkpoint")
@@ -97,12 +97,13 @@ def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetun
     return Finetuned(outcome, result)
 
 
-def _place(run: FinetuneRun, checkpoint: str) -> Placement | None:
+def _place(run: FinetuneRun, checkpoint: Path) -> Placement | None:
     written = run.written_mesh()
     if written is None:
         return None
-    config = open_checkpoint(checkpoint).config
-    return written.placement(config, packed=run.experts == "packed")
+    opened = open_checkpoint(checkpoint)
+    packed = opened.packed if run.experts is None else run.experts == "packed"
+    return written.placement(opened.config, packed=packed)
 
 
 def _documents(run: FinetuneRun, tokenizer: Tokenizer) -> tuple[Documents, Documents | None]:

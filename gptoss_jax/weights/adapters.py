@@ -16,10 +16,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gptoss_jax.folders import hub_name
 from gptoss_jax.model.adapter import Adapter, Shapes, adapters, linears, shapes_of
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import pieces
 from gptoss_jax.weights.fingerprint import ADAPTER, fingerprint, kept_fingerprint
+from gptoss_jax.weights.listing import listing
 from gptoss_jax.weights.new_folder import NewFolder, in_one_process
 from gptoss_jax.weights.safetensors_file import CheckpointError, Spec, Tensor, Writer, read_header
 from gptoss_jax.weights.shards import Shards, needed_boxes
@@ -44,7 +46,8 @@ def base_of(model: Transformer, *, progress: bool | None = None) -> Base:
     """
     if model.origin is None:
         return Base("", fingerprint(model, progress=progress).hex)
-    return Base(Path(model.origin).name, kept_fingerprint(model.origin, progress=progress))
+    name = hub_name(model.origin) or Path(model.origin).name
+    return Base(name, kept_fingerprint(model.origin, progress=progress))
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def save_adapter(
         for name, adapter in there.items()
         for member in ("a", "b")
     }
-    base, folder = base or base_of(model), Path(folder)
+    base, folder = base or base_of(model), Path(folder).expanduser()
     facts = {
         "format": FORMAT,
         "base": dataclasses.asdict(base),
@@ -126,7 +129,7 @@ class AdapterFolder:
 
 def open_adapter(folder: str | Path) -> AdapterFolder:
     """Read the facts and the headers. Raises CheckpointError with everything that is wrong."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     missing = [name for name in (FACTS, TENSORS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -197,10 +200,11 @@ def _checked(found: AdapterFolder, layers: Mapping, model: Transformer) -> dict[
         shapes[name] = wanted
     problems += [f"{name}: a tensor of no layer" for name in left]
     if problems:
+        title = (
+            f"{found.folder}: expected adapters that fit the model, got {len(problems)} problems"
+        )
         raise CheckpointError(
-            f"{found.folder}: expected adapters that fit the model, got\n  "
-            + "\n  ".join(problems)
-            + "\nis it the base that they were trained on?"
+            listing(title, problems, advice="is it the base that they were trained on?")
         )
     return shapes
 

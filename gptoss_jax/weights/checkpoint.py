@@ -2,28 +2,33 @@
 """A checkpoint folder: its layout, its config, and where the bytes of each array lie.
 
 Opening one reads headers only, and holds them against the table in names.py: every key known, every
-array there, shapes and dtypes right, or one error that lists everything.
+array there, shapes and dtypes right, or one error that says what is wrong and its likely cause.
 """
 
 import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.config_json import remarks_on
+from gptoss_jax.folders import checkpoint_folder, hub_name
 from gptoss_jax.mxfp4 import check_mxfp4
-from gptoss_jax.weights.names import Entry, entries
+from gptoss_jax.weights.causes import likely_cause
+from gptoss_jax.weights.listing import listing, names, shortened
+from gptoss_jax.weights.names import LAYOUTS, Entry, entries
 from gptoss_jax.weights.safetensors_file import DTYPES, CheckpointError, Tensor, read_header
 from gptoss_jax.weights.shards import Box, Span
 
 INDEX = "model.safetensors.index.json"
 PIECE = 4 << 20  # bytes that are read at a time; unpacked they are up to eight times as many
 RUN = 64 << 10  # bytes: of shorter parts of rows the whole rows are read
+FLOATS = ("BF16", "F32", "F16", "F64")  # dtypes that parameters are read from
 
 
 class Piece(NamedTuple):
@@ -42,6 +47,7 @@ class Checkpoint:
     config: ModelConfig
     entries: Mapping[str, Entry]  # by our name
     tensors: Mapping[str, Tensor]  # by the name on disk
+    remarks: tuple[str, ...] = ()  # what was left out of account, for `load` to say
 
     @property
     def packed(self) -> bool:
@@ -132,9 +138,12 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Find out what is in a folder. Raises CheckpointError (or ConfigError) if it is not usable."""
-    folder = _find(Path(path))
+def open_checkpoint(path: str | Path | None) -> Checkpoint:
+    """Find out what is in a folder, or under a name that `checkpoint_folder` knows.
+
+    Raises CheckpointError (or ConfigError) if it is not usable.
+    """
+    folder = _with_files(checkpoint_folder(path))
     fields = _read_json(folder / "config.json")
     tensors = _find_tensors(folder)
     original = "model_type" not in fields and "architectures" not in fields
@@ -144,18 +153,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config = ModelConfig.from_hf(fields)
         layout = "hf" if any(key.endswith("_blocks") for key in tensors) else "bf16"
     table = entries(config, layout)
-    _check_tensors(folder, layout, table, tensors)
-    return Checkpoint(folder, layout, config, {entry.name: entry for entry in table}, tensors)
+    idle = _idle(table, tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in idle}
+    _check_tensors(folder, layout, config, table, tensors)
+    remarks = remarks_on(fields)
+    if idle:
+        remarks += (f"tensors that hold no weights are not read: {names(sorted(idle))}",)
+    return Checkpoint(folder, layout, config, {e.name: e for e in table}, tensors, remarks)
 
 
-def _find(path: Path) -> Path:
+def _with_files(path: Path) -> Path:
     """The folder with the files: `path`, or its `original` where only that has weights."""
     looked_for = "config.json beside *.safetensors, there or in original/"
     if not path.is_dir():
-        got = "a file" if path.exists() else "nothing"
         raise CheckpointError(
-            f"path: expected a checkpoint folder, got {got} at {str(path)!r}; give a folder on "
-            f"this machine with {looked_for} (nothing is downloaded for you)"
+            f"path: expected a checkpoint folder, got a file at {str(path)!r}; give the folder "
+            f"with {looked_for}"
         )
     for folder in (path, path / "original"):
         if (folder / "config.json").is_file() and (
@@ -165,8 +178,14 @@ def _find(path: Path) -> Path:
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
     raise CheckpointError(
         f"path: expected a checkpoint folder, with {looked_for}; got {str(path)!r} with {found}; "
-        "is it the right folder, and did the download finish?"
+        f"is it the right folder, and did the download finish?{_again(path)}"
     )
+
+
+def _again(folder: Path) -> str:
+    """How to finish a download into the Hugging Face cache."""
+    name = hub_name(folder)
+    return f" `hf download {name} --exclude '*/*'` goes on with it" if name else ""
 
 
 def _index_of(folder: Path) -> Path | None:
@@ -191,46 +210,79 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{index}: expected a weight_map from key to file; download it again")
-    files = [folder / name for name in sorted(set(places.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    written = sorted(set(places.values()))
+    outside = [name for name in written if not _stays_inside(name)]
+    if outside:
         raise CheckpointError(
-            f"{index}: expected {len(files)} files, got {len(files) - len(missing)}; missing: "
-            f"{', '.join(missing)}; download them into {str(folder)!r}"
+            f"{index}: expected files of its own folder, got {names(outside)}; it is refused: what "
+            "is outside is not part of a checkpoint"
         )
-    return _by_index(index, places, _read_headers(files))
+    missing = [name for name in written if not (folder / name).is_file()]
+    if missing:
+        where = _again(folder) or f" download them into {str(folder)!r}"
+        raise CheckpointError(
+            f"{index}: expected {len(written)} files, got {len(written) - len(missing)}; missing: "
+            f"{names(missing)};{where}"
+        )
+    return _by_index(index, places, _read_headers([folder / name for name in written]))
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a path is below the folder that it is taken to be in, as it is written."""
+    return bool(name) and all(
+        not path.is_absolute() and not path.drive and ".." not in path.parts
+        for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
 
 
 def _by_index(
     index: Path, places: dict[str, str], headers: dict[Path, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The tensors that an index names; it must name every tensor of its files."""
-    tensors = {file.name: found for file, found in headers.items()}
-    problems = [
+    folder = index.parent
+    lost = [
         f"{key}: expected in {file}, which has no such tensor"
         for key, file in places.items()
-        if key not in tensors[file]
+        if key not in headers[folder / file]
     ]
-    problems += [
-        f"{key}: in {file}, but not in the index"
-        for file, found in tensors.items()
+    extra = [
+        f"{key}: in {file.relative_to(folder)}, but not in the index"
+        for file, found in headers.items()
         for key in found
         if key not in places
     ]
-    if problems:
-        raise CheckpointError(_listing(f"{index} and its files disagree", problems))
-    return {key: tensors[file][key] for key, file in places.items()}
+    if lost or extra:
+        count = len(lost) + len(extra)
+        raise CheckpointError(
+            listing(
+                f"{index} and its files disagree about {_counted(count, 'tensor')}",
+                lost,
+                extra,
+                advice="are they of one checkpoint? download the index again",
+            )
+        )
+    return {key: headers[folder / file][key] for key, file in places.items()}
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _merge(headers: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    problems = []
+    problems, files = [], set()
     for file, found in headers.items():
         for key in sorted(set(tensors) & set(found)):
             problems.append(f"{key}: in {tensors[key].file.name} and in {file.name}")
+            files |= {tensors[key].file.name, file.name}
         tensors |= found
     if problems:
-        raise CheckpointError(_listing("expected every tensor in one file", problems))
+        title = f"expected every tensor in one file, got {_counted(len(problems), 'tensor')} in two"
+        advice = (
+            f"which of {names(sorted(files))} make up the checkpoint? keep those alone, or add an "
+            "index"
+        )
+        raise CheckpointError(listing(title, problems, advice=advice))
     return tensors
 
 
@@ -242,30 +294,61 @@ def _read_headers(files: Iterable[Path]) -> dict[Path, dict[str, Tensor]]:
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError("\n".join(problems))
+        raise CheckpointError("\n".join(shortened([problems])))
     return headers
 
 
+def _idle(table: tuple[Entry, ...], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Tensors that no forward pass of gpt-oss needs: rotary frequencies, which the config gives,
+    and empty ones."""
+    expected = {entry.key for entry in table}
+    return {
+        key
+        for key, tensor in tensors.items()
+        if key not in expected
+        and (key.endswith("rotary_emb.inv_freq") or math.prod(tensor.shape) == 0)
+    }
+
+
 def _check_tensors(
-    folder: Path, layout: str, table: tuple[Entry, ...], tensors: Mapping[str, Tensor]
+    folder: Path,
+    layout: str,
+    config: ModelConfig,
+    table: tuple[Entry, ...],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    expected = {entry.key: entry.published for entry in table}
-    problems = [f"{key}: missing" for key in expected if key not in tensors]
-    problems += [f"{key}: unknown" for key in tensors if key not in expected]
-    for key, published in expected.items():
-        if key not in tensors:
-            continue
-        got = tensors[key]
-        if got.shape != published.shape:
-            problems.append(f"{key}: expected {published.spelled}, got {list(got.shape)}")
-        legal = ("U8",) if published.is_bytes else ("BF16", "F32")
-        if got.dtype not in legal:
-            problems.append(f"{key}: expected {' or '.join(legal)}, got {got.dtype}")
-    problems += _unmatched_scales(tensors)
-    if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+    expected = {entry.key: entry for entry in table}
+    there = [(key, entry.published) for key, entry in expected.items() if key in tensors]
+    kinds = [
+        [f"{key}: missing" for key in expected if key not in tensors],
+        [f"{key}: unknown" for key in tensors if key not in expected],
+        [
+            f"{key}: expected {published.spelled}, got {list(tensors[key].shape)}"
+            for key, published in there
+            if tensors[key].shape != published.shape
+        ],
+        [
+            f"{key}: expected {' or '.join(legal)}, got {tensors[key].dtype}"
+            for key, published in there
+            if tensors[key].dtype not in (legal := ("U8",) if published.is_bytes else FLOATS)
+        ],
+        _unmatched_scales(tensors),
+    ]
+    count = sum(map(len, kinds))
+    if count:
         title = f"{folder}: not a gpt-oss checkpoint in the {layout!r} layout of its config.json"
-        raise CheckpointError(_listing(f"{title}, {count}", problems))
+        others = {each: _keys(config, each) for each in LAYOUTS if each != layout}
+        advice = likely_cause(expected, tensors, others)
+        problems = _counted(count, "problem")
+        raise CheckpointError(listing(f"{title}, {problems}", *kinds, advice=advice))
+
+
+def _keys(config: ModelConfig, layout: str) -> set[str]:
+    """The names of another layout; none where the model cannot be in it."""
+    try:
+        return {entry.key for entry in entries(config, layout)}
+    except ValueError:  # sizes that MXFP4 does not divide
+        return set()
 
 
 def _unmatched_scales(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -289,7 +372,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(fields).__name__}")
     return fields
-
-
-def _listing(title: str, problems: list[str]) -> str:
-    return title + ":\n  " + "\n  ".join(problems)

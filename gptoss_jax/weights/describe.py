@@ -35,7 +35,13 @@ class Description:
 
 
 def describe(source: ModelConfig | str | Path, *, layout: str = "hf") -> Description:
-    """The sizes of a checkpoint folder, or of a config as it is published in `layout`."""
+    """The sizes of a checkpoint, a folder or a name in the Hugging Face cache, or of a config as it
+    is published in `layout`."""
+    if isinstance(config := getattr(source, "config", None), ModelConfig):
+        raise ValueError(
+            "source: expected a checkpoint or a ModelConfig, got a model; give its config, or its "
+            "origin for the checkpoint it was loaded from"
+        )
     if isinstance(source, ModelConfig):
         config, itemsizes = source, {}
     else:

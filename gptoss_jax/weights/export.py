@@ -17,6 +17,7 @@ import numpy as np
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import INDEX, pieces
+from gptoss_jax.weights.listing import listing
 from gptoss_jax.weights.load import pack_rows, parameter_dtype, unpack_rows
 from gptoss_jax.weights.names import Entry, entries
 from gptoss_jax.weights.new_folder import NewFolder, in_one_process
@@ -69,7 +70,7 @@ def export(
     _check_arrays(model, arrays)
     specs = {e.key: Spec(np.dtype(np.uint8) if e.published.is_bytes else kind, e.published.shape)
              for e in table}  # fmt: skip
-    folder, converted = Path(folder), _converted(arrays, table, kind, requantize)
+    folder, converted = Path(folder).expanduser(), _converted(arrays, table, kind, requantize)
 
     def write() -> None:
         texts = _texts(model, experts, generation)
@@ -101,11 +102,8 @@ def _check_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> None:
         if tuple(array.shape) != expected.get(name)
     ]
     if problems:
-        raise ValueError(
-            "model: expected the parameters of its config and nothing else, got\n  "
-            + "\n  ".join(problems)
-            + "\nmerge adapters into the weights first"
-        )
+        title = "model: expected the parameters of its config and nothing else, got"
+        raise ValueError(listing(title, problems, advice="merge adapters into the weights first"))
 
 
 def _converted(

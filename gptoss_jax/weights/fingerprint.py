@@ -5,7 +5,8 @@ SHA-256 over one line per array, sorted by name: our name, dtype, shape and the 
 in the model's order. So Hugging Face and `original/` folders of one model agree, and so does a
 model loaded from them as stored (packed, bfloat16). BF16 experts, and parameters cast to float32,
 are other bytes and have another fingerprint. Config, tokenizer, file names and a model's adapters
-are not covered.
+are not covered. A module of your own around a block is: its arrays have lines, as the block's have
+under their longer names.
 """
 
 import contextlib
@@ -13,16 +14,19 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from gptoss_jax.folders import cache_folder
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import open_checkpoint, pieces
+from gptoss_jax.weights.listing import names
 from gptoss_jax.weights.progress import Progress
-from gptoss_jax.weights.tree import arrays_of, rows_of
+from gptoss_jax.weights.tree import Rearranged, arrays_of, rows_of
 
 ADAPTER = "adapter"  # the attribute of a layer
 
@@ -47,7 +51,8 @@ class Fingerprint:
 
 
 def fingerprint(source: Transformer | str | Path, *, progress: bool | None = None) -> Fingerprint:
-    """The fingerprint of a model, or of a checkpoint folder without loading it.
+    """The fingerprint of a model, or of a checkpoint without loading it: a folder, or a name in the
+    Hugging Face cache.
 
     Reads every byte: about a second per GB. Where several processes hold a model, all of them must
     ask for it.
@@ -80,12 +85,35 @@ def kept_fingerprint(folder: str | Path, *, progress: bool | None = None) -> str
 
 def _model_lines(model: Transformer, progress: bool | None) -> Iterator[str]:
     arrays = {name: x for name, x in arrays_of(model).items() if ADAPTER not in name.split(".")}
+    _check_arrays(arrays)
     total = sum(array.nbytes for array in arrays.values())
     with Progress("hashing", total, progress) as bar:
         for name, array in arrays.items():
-            runs = pieces(array.shape, array.dtype.itemsize)
-            rows = (rows_of(array, start, stop) for start, stop in runs)
-            yield _line(name, array.dtype, array.shape, rows, bar)
+            yield _line(name, array.dtype, array.shape, _rows(array), bar)
+
+
+def _rows(array: Any) -> Iterator[np.ndarray]:
+    """All of an array, some rows at a time."""
+    if not array.shape or isinstance(array, np.ndarray):
+        yield np.asarray(array)
+        return
+    for start, stop in pieces(array.shape, array.dtype.itemsize):
+        yield rows_of(array, start, stop)
+
+
+def _check_arrays(arrays: Mapping[str, Any]) -> None:
+    """Raise ValueError unless all of them have bytes; a wrapper around a block may hold a key."""
+    others = [
+        name
+        for name, array in arrays.items()
+        if not isinstance(array, jax.Array | np.ndarray | Rearranged)
+        or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended)
+    ]
+    if others:
+        raise ValueError(
+            f"model: expected arrays of numbers alone, got others in {names(others)}; take the "
+            "fingerprint before you put modules of your own into the model"
+        )
 
 
 def _folder_lines(path: str | Path, progress: bool | None) -> Iterator[str]:

@@ -6,6 +6,8 @@ on CPU they take that memory over. On a mesh a process reads what its own device
 once. names.py says what is where, checkpoint.py reads it, shards.py puts it on devices.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from jaxtyping import Shaped, UInt8
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.device import target
+from gptoss_jax.folders import checkpoint_folder
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import Mxfp4, pack, unpack
 from gptoss_jax.sharding import Placement, placement
@@ -39,12 +42,13 @@ from gptoss_jax.weights.tree import (
 )
 
 Rows = Shaped[np.ndarray, "..."]
+_log = logging.getLogger(__name__)
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None,
     *,
-    experts: str = "packed",
+    experts: str | None = None,
     dtype: Any = None,
     mesh: Any = None,
     rules: Mapping[str, Sequence[str]] | None = None,
@@ -54,8 +58,9 @@ def load(
 ) -> Transformer:
     """The model in a checkpoint folder of any layout: Hugging Face, `original/`, or BF16 experts.
 
-    `experts="packed"` keeps the published MXFP4 bytes; a checkpoint with BF16 experts is packed if
-    that loses nothing, and refused otherwise. `experts="bf16"` holds plain arrays of `dtype`.
+    `path` is what `folders.checkpoint_folder` takes. `experts` None holds experts as the checkpoint
+    does. "packed" keeps the published MXFP4 bytes; a checkpoint with BF16 experts is packed if
+    that loses nothing, and refused otherwise. "bf16" holds plain arrays of `dtype`.
     `dtype` is "bfloat16" or "float32" for everything that is not packed; None means bfloat16 on
     accelerators and float32 on CPU. `mesh`, a Mesh or a Placement, splits the model over devices,
     as `place` does and by the same `rules`. `adapter` is a folder of adapters.py, which belongs to
@@ -65,11 +70,12 @@ def load(
     a ValueError before anything is read if a device cannot hold its part (adapters not counted).
     Several processes call it inside `distributed.together`, so that all fail if one does.
     """
-    if experts not in ("packed", "bf16"):
-        raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
+    if experts not in ("packed", "bf16", None):
+        raise ValueError(f"experts: expected 'packed', 'bf16' or None, got {experts!r}")
     _check_mesh(mesh, rules)
-    kind = parameter_dtype(dtype)
-    checkpoint = open_checkpoint(path)
+    kind, folder = parameter_dtype(dtype), checkpoint_folder(path)
+    checkpoint = open_checkpoint(folder)
+    experts = experts or ("packed" if checkpoint.packed else "bf16")
     where = _placed(mesh, checkpoint.config, experts, rules)
     adapters = None if adapter is None else open_adapter(adapter)
     abstract = abstract_model(checkpoint, experts=experts, dtype=kind, where=where)
@@ -77,15 +83,28 @@ def load(
     peak = _peak_bytes(steps, arrange, bytes_on_a_device(abstract))
     check_memory(peak, where, experts=experts)
     if adapters and not any_base:
-        check_base(adapters, path, progress=progress)
+        check_base(adapters, folder, progress=progress)
+    for remark in (*checkpoint.remarks, *_casts(checkpoint, kind)):
+        _log.warning("%s: %s", checkpoint.folder, remark)
     arrays = {}
     with Progress("loading", sum(step.num_bytes(checkpoint) for step in steps), progress) as bar:
         for values in _read_all(checkpoint, steps, arrange, bar):
             arrays |= values
         assert bar.done == bar.num_bytes, "bytes were left out or read twice"
     model = with_arrays(abstract, arrays)
-    model.origin = str(Path(path).absolute())
+    model.origin = str(folder.absolute())
     return with_adapter(model, adapters) if adapters else model
+
+
+def _casts(checkpoint: Checkpoint, kind: np.dtype) -> Iterator[str]:
+    """What is said of tensors in a dtype that gpt-oss is not run in, but can be read from."""
+    found = Counter(str(checkpoint.dtype(name)) for name in checkpoint.entries)
+    for stored in ("float16", "float64"):
+        if found[stored]:
+            exact = kind == np.float32 and stored == "float16"
+            how = "which holds them exactly" if exact else "which rounds them"
+            count = f"{found[stored]} of {found.total()}"
+            yield f"{count} arrays are stored in {stored} and become {kind}, {how}"
 
 
 def _check_mesh(mesh: Any, rules: Any) -> None:

@@ -57,16 +57,24 @@ def _members(name: str, value: Mxfp4) -> dict[str, Any]:
     return {f"{name}.{member}": array for member, array in members.items()}
 
 
-def _variables(model: Transformer) -> dict[str, nnx.Variable]:
+def _variables(model: Transformer) -> dict[str, Any]:
+    """What holds arrays, by its name: parameters, and what a module put around a block of ours may
+    hold besides, plain arrays."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def _values(model: Transformer) -> dict[str, Any]:
+    return {
+        name: held.get_value() if isinstance(held, nnx.Variable) else held
+        for name, held in _variables(model).items()
+    }
 
 
 def arrays_of(model: Transformer) -> dict[str, Any]:
     """Every array of a model (or the shape and dtype of every array of an abstract one)."""
     arrays = {}
-    for name, variable in _variables(model).items():
-        value = variable.get_value()
+    for name, value in _values(model).items():
         arrays |= _members(name, value) if isinstance(value, Mxfp4) else {name: value}
     return arrays
 
@@ -154,5 +162,5 @@ def rows_of(array: "jax.Array | Rearranged", start: int, stop: int) -> Shaped[np
 
 
 def is_packed(model: Transformer) -> bool:
-    """Whether the experts are MXFP4 bytes."""
-    return isinstance(model.blocks[0].moe.down.kernel.get_value(), Mxfp4)
+    """Whether experts are MXFP4 bytes."""
+    return any(isinstance(value, Mxfp4) for value in _values(model).values())
