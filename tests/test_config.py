@@ -10,6 +10,7 @@ from checkpoints import hf_config, original_config
 from golden import cases
 
 from gptoss_jax.config import ConfigError, ModelConfig
+from gptoss_jax.config_json import remarks_on
 
 # openai/gpt-oss-20b/config.json as published (metadata of the model, Apache-2.0).
 PUBLISHED = json.loads("""{
@@ -219,3 +220,149 @@ def test_no_architecture_field_has_a_default(field, config):
 
     with pytest.raises(TypeError, match=field):
         ModelConfig(**fields)
+
+
+# Files that others have saved
+
+
+def with_rope(spelling: str, **fields) -> dict:
+    """Both spellings, the named one with some keys replaced, or removed where None."""
+    rope = {**PUBLISHED["rope_scaling"], "rope_theta": 150000}
+    both = {
+        "rope_scaling": dict(PUBLISHED["rope_scaling"]),
+        "rope_parameters": rope,
+    }
+    both[spelling] = {k: v for k, v in {**both[spelling], **fields}.items() if v is not None}
+    return changed(**both)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        with_rope("rope_parameters"),
+        with_rope("rope_parameters", rope_theta=None),
+        with_rope("rope_parameters", rope_theta=150000.0, factor=32, rope_type=None, type="yarn"),
+        changed(rope_scaling={**PUBLISHED["rope_scaling"], "attention_factor": None}),
+        changed_rope(attention_factor=1.3465735902799727),  # 0.1 ln 32 + 1
+        changed_rope(type="yarn"),
+        {**PUBLISHED, "rope_parameters": None},
+        {**PUBLISHED, "architectures": None},
+        changed(architectures=[]),
+        changed(attention_dropout=0.1),
+        changed(swiglu_limit=None),
+        {**PUBLISHED, "swiglu_limit": None, "layer_types": None, "head_count": None},
+        changed(max_position_embeddings=262144),
+        {**PUBLISHED, "max_position_embeddings": None},
+        changed(num_experts=32),
+        changed(is_decoder=True, max_length=20, tokenizer_class="PreTrainedTokenizerFast"),
+        changed(use_bidirectional_attention=False, experts_implementation="eager"),
+        changed(training_note="merged with care", date="2026-11-28", qqq=1),
+        changed(quantization_config={}),
+    ],
+)
+def test_what_does_not_change_the_forward_pass_is_no_reason_to_refuse(fields):
+    assert ModelConfig.from_hf(fields) == ModelConfig.preset("20b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            with_rope("rope_parameters", factor=16.0),
+            "rope_parameters.factor: expected 32.0 as in rope_scaling, got 16.0; remove",
+        ),
+        (
+            with_rope("rope_scaling", beta_slow=2),
+            "rope_parameters.beta_slow: expected 2.0 as in rope_scaling, got 1.0",
+        ),
+        (with_rope("rope_parameters", truncate=None), "rope_parameters.truncate: expected False"),
+        (with_rope("rope_parameters", factor=None), "rope_parameters.factor: missing"),
+        (
+            with_rope("rope_parameters", rope_theta=9000),
+            "rope_theta: expected one value, got 9000 in rope_parameters and 150000 in config.json",
+        ),
+        (changed_rope(rope_theta=9000), "got 9000 in rope_scaling and 150000 in config.json"),
+        (changed_rope(attention_factor=1.0), "attention_factor: expected 1.3465735902799727, got"),
+        (changed_rope(factor="32"), "rope_scaling.factor: expected a positive number, got '32'"),
+        (changed(rope_theta="150000"), "rope_theta: expected a positive number, got '150000'"),
+        (changed_rope(type="linear"), "rope_scaling.type: expected 'yarn', got 'linear'"),
+        (changed(rope_scaling="yarn"), "rope_scaling: expected an object, got 'yarn'"),
+        (changed(use_bidirectional_attention=True), "expected False, got True"),
+        (changed(num_experts=31), "num_experts: expected 32, got 31"),
+        (changed(rope_local_base_freq=3), "rope_local_base_freq: unknown key"),
+        (changed(attn_logit_softcapping=3), "attn_logit_softcapping: unknown key"),
+        (changed(slidingWindow=3), "slidingWindow: unknown key"),
+        (changed(lora_alpha=16), "lora_alpha: unknown key"),
+        (changed(architecturs=["X"]), "architecturs: unknown key (did you mean architectures?)"),
+        (changed(quantization={"bits": 4}), "quantization: unknown key (MLX's own quantization"),
+        (changed(auto_map={"AutoModel": "x.Y"}), "auto_map: unknown key (code of the checkpoint"),
+        (changed(quantization_config={"bits": 4, "group_size": 64}), "expected 'mxfp4' or no"),
+        (changed(quantization_config="mxfp8"), "expected 'mxfp4' or no quantization_config, got"),
+        (changed(rms_norm_eps=float("nan")), "norm_eps: expected a positive number, got nan"),
+    ],
+)
+def test_what_may_change_the_forward_pass_is(fields, message):
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_hf(fields)
+
+    assert message in str(error.value)
+
+
+def test_the_smaller_context_counts_and_the_rotary_embedding_stays():
+    preset = ModelConfig.preset("20b")
+
+    shorter = ModelConfig.from_hf(changed(max_position_embeddings=2048))
+
+    assert shorter.max_context == 2048
+    assert (shorter.rope, shorter.window(0)) == (preset.rope, 128)
+    assert dataclasses.replace(shorter, context_limit=None) == preset
+    assert ModelConfig.from_hf(shorter.to_hf(packed_experts=True)) == shorter
+    assert ModelConfig.from_hf(changed(max_position_embeddings=262144)).max_context == 131072
+
+
+@pytest.mark.parametrize(
+    ("fields", "remarks"),
+    [
+        (PUBLISHED, []),
+        (PUBLISHED_ORIGINAL, []),
+        (
+            {**PUBLISHED, "note": "x", "max_length": 3, "zeal": None},
+            ["keys of config.json that gpt-oss does not have are ignored: max_length, note"],
+        ),
+        ({**PUBLISHED_ORIGINAL, "note": 3}, ["ignored: note"]),
+        (changed(attention_dropout=0.1), ["attention_dropout 0.1 is not applied"]),
+        (changed(swiglu_limit=None), ["swiglu_limit is absent, and 7.0 as in transformers"]),
+        (changed(max_position_embeddings=262144), ["is 262144, and the context 131072 tokens"]),
+        (changed(max_position_embeddings=2048), []),
+    ],
+)
+def test_what_is_left_out_of_account_is_said(fields, remarks):
+    got = remarks_on(fields)
+
+    assert len(got) == len(remarks)
+    for text, part in zip(got, remarks, strict=True):
+        assert part in text
+
+
+def test_every_key_that_an_older_transformers_writes_is_known_to_be_harmless():
+    # PretrainedConfig().to_dict() of transformers 4, names and defaults.
+    older = {
+        "return_dict": True, "output_hidden_states": False, "output_attentions": False,
+        "torchscript": False, "torch_dtype": "bfloat16", "use_bfloat16": False,
+        "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
+        "is_encoder_decoder": False, "is_decoder": False, "cross_attention_hidden_size": None,
+        "add_cross_attention": False, "tie_encoder_decoder": False, "max_length": 20,
+        "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1,
+        "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50,
+        "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
+        "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
+        "num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False,
+        "forced_bos_token_id": None, "forced_eos_token_id": None, "remove_invalid_values": False,
+        "exponential_decay_length_penalty": None, "suppress_tokens": None,
+        "begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0}, "tokenizer_class": None, "prefix": None, "sep_token_id": None,
+        "decoder_start_token_id": None, "task_specific_params": None, "problem_type": None,
+        "_name_or_path": "", "_attn_implementation_autoset": False,
+    }  # fmt: skip
+
+    assert ModelConfig.from_hf({**PUBLISHED, **older}) == ModelConfig.preset("20b")
