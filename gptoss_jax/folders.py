@@ -7,6 +7,7 @@ a checkpoint folder is the business of weights/checkpoint.py.
 
 import os
 import re
+import reprlib
 from pathlib import Path
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "tiny"
@@ -46,7 +47,7 @@ def checkpoint_folder(path: str | Path | None) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(
             f"path: expected a checkpoint folder, a name such as 'openai/gpt-oss-20b', or None for "
-            f"the bundled model, got {path!r}"
+            f"the bundled model, got {reprlib.repr(path)}"
         )
     folder = Path(path).expanduser()
     if folder.exists():

@@ -85,12 +85,18 @@ def _prefix(expected: Collection[str], unknown: list[str]) -> Iterator[str]:
     if not changes:
         return
     (got, wanted), count = changes.most_common(1)[0]
-    if count > len(unknown) // 2:
-        what = f"have {got!r} where {wanted!r} is expected" if wanted else f"begin with {got!r}"
-        yield (
-            f"{count} names {what}, as of a model inside another one; rename the tensors, or save "
-            "the inner model by itself (in PEFT merge_and_unload() gives it)"
-        )
+    if count <= len(unknown) // 2:
+        return
+    what = f"begin with {got!r}"
+    if wanted:
+        what = f"have {got!r} where {wanted!r} is expected"
+    if not got:
+        what = f"lack {wanted!r} at their beginning"
+    yield (
+        f"{count} names {what}, as of a model inside another one or without what is around it; "
+        "rename the tensors, or save the model as GptOssForCausalLM (PEFT's merge_and_unload() "
+        "gives that)"
+    )
 
 
 def _change(key: str, expected: Collection[str]) -> tuple[str, str] | None:

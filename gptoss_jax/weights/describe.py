@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import open_checkpoint
 from gptoss_jax.weights.names import entries
 
@@ -34,10 +35,10 @@ class Description:
         return sum(self.bytes.values())
 
 
-def describe(source: ModelConfig | str | Path, *, layout: str = "hf") -> Description:
+def describe(source: ModelConfig | str | Path | Transformer, *, layout: str = "hf") -> Description:
     """The sizes of a checkpoint, a folder or a name in the Hugging Face cache, or of a config as it
     is published in `layout`."""
-    if isinstance(config := getattr(source, "config", None), ModelConfig):
+    if isinstance(source, Transformer):
         raise ValueError(
             "source: expected a checkpoint or a ModelConfig, got a model; give its config, or its "
             "origin for the checkpoint it was loaded from"

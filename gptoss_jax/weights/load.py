@@ -102,7 +102,7 @@ def _casts(checkpoint: Checkpoint, kind: np.dtype) -> Iterator[str]:
     for stored in ("float16", "float64"):
         if found[stored]:
             exact = kind == np.float32 and stored == "float16"
-            how = "which holds them exactly" if exact else "which rounds them"
+            how = "which holds them exactly" if exact else "which has fewer digits"
             count = f"{found[stored]} of {found.total()}"
             yield f"{count} arrays are stored in {stored} and become {kind}, {how}"
 

@@ -4,6 +4,7 @@
 import pytest
 from checkpoints import checkpoint_arrays, write_checkpoint
 
+import gptoss_jax as gj
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.weights.describe import GROUPS, describe
 
@@ -46,3 +47,8 @@ def test_a_folder_is_described_from_its_headers(config, tmp_path, layout):
         expected[next(group for part, group in PARTS.items() if part in key)] += array.nbytes
     assert found.bytes == expected
     assert found.parameters == describe(config).parameters
+
+
+def test_a_model_is_told_what_to_give_instead():
+    with pytest.raises(ValueError, match="expected a checkpoint or a ModelConfig, got a model"):
+        describe(gj.load())

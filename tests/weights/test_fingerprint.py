@@ -3,10 +3,12 @@
 
 import hashlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import checkpoint_arrays, write_checkpoint
+from flax import nnx
 from weights_by_hand import expected_arrays
 
 from gptoss_jax.weights.export import export
@@ -72,3 +74,54 @@ def test_one_bit_is_enough_and_is_named(config, folder):
     assert changed != fingerprint(folder)
     assert changed.differences(fingerprint(folder)) == ("blocks.1.attn.sinks",)
     assert changed.differences(changed) == ()
+
+
+class Steered(nnx.Module):
+    """A block with a vector added to what comes out of it, as people put around blocks of ours."""
+
+    def __init__(self, block, vector):
+        self.block, self.vector = block, nnx.data(vector)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("vector", [jnp.arange(160.0), np.arange(160, dtype=np.float32)])
+def test_a_block_inside_a_module_is_covered_and_so_are_its_arrays(folder, layer, vector):
+    plain, model = load(folder), load(folder)
+    model.blocks[layer] = Steered(model.blocks[layer], vector)
+
+    found = fingerprint(model)
+
+    digest = hashlib.sha256(np.arange(160, dtype=np.float32).tobytes()).hexdigest()
+    assert f"blocks.{layer}.vector float32 [160] {digest}" in found.lines
+    inside = {line.replace(f"blocks.{layer}.block.", f"blocks.{layer}.") for line in found.lines}
+    assert inside - set(fingerprint(plain).lines) == {
+        f"blocks.{layer}.vector float32 [160] {digest}"
+    }
+
+
+def test_a_single_number_is_covered(folder):
+    model = load(folder)
+    model.blocks[1] = Steered(model.blocks[1], jnp.float32(3))
+
+    digest = hashlib.sha256(np.float32(3).tobytes()).hexdigest()
+    assert f"blocks.1.vector float32 [] {digest}" in fingerprint(model).lines
+
+
+@pytest.mark.parametrize("value", [jax.random.key(0), 3.5])
+def test_what_has_no_bytes_is_refused_by_name(folder, value):
+    model = load(folder)
+    model.blocks[1] = Steered(model.blocks[1], value)
+
+    with pytest.raises(ValueError, match=r"arrays of numbers alone, got others in blocks\.1\.vec"):
+        fingerprint(model)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_model_with_modules_around_blocks_is_not_exported(folder, tmp_path, layer):
+    model = load(folder)
+    model.blocks[layer] = Steered(model.blocks[layer], jnp.arange(160.0))
+
+    with pytest.raises(ValueError, match="expected the parameters of its config") as caught:
+        export(model, tmp_path / "copy")
+
+    assert len(str(caught.value).splitlines()) == 14
