@@ -138,7 +138,8 @@ class ModelConfig:
 
     @classmethod
     def _from(cls, found: dict[str, Any]) -> "ModelConfig":
-        return cls(**found | {"rope": RopeConfig(**found["rope"])})
+        rope = RopeConfig(**found.pop("rope"))
+        return cls(rope=rope, **found)
 
     def to_hf(self, *, packed_experts: bool) -> dict[str, Any]:
         """The `config.json` of the Hugging Face layout; the inverse of `from_hf`."""

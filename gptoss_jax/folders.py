@@ -98,14 +98,13 @@ def _not_found(path: str, hub_name: str | None) -> str:
     """What is said where there is nothing, and how to get something."""
     model = hub_name or "openai/gpt-oss-20b"
     size = f", {PUBLISHED[model] / 1e9:.1f} GB" if model in PUBLISHED else ""
-    looked = f", nor in {str(hub_cache())!r}" if hub_name else ""
+    looked = f", nor of that name in {str(hub_cache())!r}" if hub_name else ""
     return (
-        f"path: expected a checkpoint folder on this machine, or a name such as "
-        f"'openai/gpt-oss-20b' that is in the Hugging Face cache, got {path!r}: there is no such "
-        f"folder{looked}. Nothing is downloaded for you; `hf download {model} --exclude '*/*'` "
-        f"fetches what is needed of {model}{size}: *.safetensors with their index, config.json, "
-        "generation_config.json and the tokenizer's files (original/ and metal/ hold the same "
-        "weights again)"
+        f"path: expected a checkpoint folder, got {path!r}: nothing is there on this machine"
+        f"{looked}. Nothing is downloaded for you: `hf download {model} --exclude '*/*'` fetches "
+        f"what is needed of {model}{size}, and that name may then be given as the path. Needed are "
+        "*.safetensors and their index, config.json, generation_config.json and the tokenizer's "
+        "files; original/ and metal/ have the same weights again"
     )
 
 

@@ -142,19 +142,20 @@ def test_a_download_that_is_not_finished(cache, source):
 def test_a_model_that_is_nowhere_is_told_how_to_get_it(cache, path):
     text = refused(path)
 
-    assert f"got {path!r}: there is no such folder, nor in {str(cache)!r}" in text
+    assert f"got {path!r}: nothing is there on this machine, nor of that name in" in text
+    assert repr(str(cache)) in text
     assert f"`hf download {path} --exclude '*/*'`" in text
     config = gj.ModelConfig.preset(path)
     assert f"{gj.describe(config).total_bytes / 1e9:.1f} GB" in text
     assert folders.PUBLISHED[path] == gj.describe(config).total_bytes
-    assert "*.safetensors with their index, config.json, generation_config.json" in text
+    assert "*.safetensors and their index, config.json, generation_config.json" in text
 
 
 @pytest.mark.parametrize("path", ["20b", "models/of/mine", "./openai/gpt-oss-20b", "~/nothing"])
 def test_a_path_that_leads_nowhere(cache, path):
     text = refused(path)
 
-    assert f"got {path!r}: there is no such folder. Nothing is downloaded" in text
+    assert f"got {path!r}: nothing is there on this machine. Nothing is downloaded" in text
     assert f"`hf download {NAME} " in text
 
 

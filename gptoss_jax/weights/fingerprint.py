@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.folders import cache_folder
@@ -107,7 +108,7 @@ def _check_arrays(arrays: Mapping[str, Any]) -> None:
         name
         for name, array in arrays.items()
         if not isinstance(array, jax.Array | np.ndarray | Rearranged)
-        or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended)
+        or jnp.issubdtype(array.dtype, jax.dtypes.extended)
     ]
     if others:
         raise ValueError(

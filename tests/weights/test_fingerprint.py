@@ -2,6 +2,7 @@
 """The fingerprint: equal for equal weights however they are stored, different for any change."""
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +84,16 @@ class Steered(nnx.Module):
         self.block, self.vector = block, nnx.data(vector)
 
 
+def steer(model, layer: int, vector):
+    blocks: Any = model.blocks
+    blocks[layer] = Steered(blocks[layer], vector)
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("vector", [jnp.arange(160.0), np.arange(160, dtype=np.float32)])
 def test_a_block_inside_a_module_is_covered_and_so_are_its_arrays(folder, layer, vector):
     plain, model = load(folder), load(folder)
-    model.blocks[layer] = Steered(model.blocks[layer], vector)
+    steer(model, layer, vector)
 
     found = fingerprint(model)
 
@@ -101,7 +107,7 @@ def test_a_block_inside_a_module_is_covered_and_so_are_its_arrays(folder, layer,
 
 def test_a_single_number_is_covered(folder):
     model = load(folder)
-    model.blocks[1] = Steered(model.blocks[1], jnp.float32(3))
+    steer(model, 1, jnp.float32(3))
 
     digest = hashlib.sha256(np.float32(3).tobytes()).hexdigest()
     assert f"blocks.1.vector float32 [] {digest}" in fingerprint(model).lines
@@ -110,7 +116,7 @@ def test_a_single_number_is_covered(folder):
 @pytest.mark.parametrize("value", [jax.random.key(0), 3.5])
 def test_what_has_no_bytes_is_refused_by_name(folder, value):
     model = load(folder)
-    model.blocks[1] = Steered(model.blocks[1], value)
+    steer(model, 1, value)
 
     with pytest.raises(ValueError, match=r"arrays of numbers alone, got others in blocks\.1\.vec"):
         fingerprint(model)
@@ -119,7 +125,7 @@ def test_what_has_no_bytes_is_refused_by_name(folder, value):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_model_with_modules_around_blocks_is_not_exported(folder, tmp_path, layer):
     model = load(folder)
-    model.blocks[layer] = Steered(model.blocks[layer], jnp.arange(160.0))
+    steer(model, layer, jnp.arange(160.0))
 
     with pytest.raises(ValueError, match="expected the parameters of its config") as caught:
         export(model, tmp_path / "copy")

@@ -302,7 +302,7 @@ def test_the_likely_cause_is_told_in_few_lines(config, tmp_path, change, cause):
         gj.load(folder)
 
     title, *problems, advice = str(caught.value).splitlines()
-    count = int(re.search(r"(\d+) problem", title)[1])
+    count = int(re.findall(r"(\d+) problem", title)[-1])
     assert advice.startswith("likely cause: ") and cause in advice
     assert len(problems) <= 12
     shown = [line for line in problems if not line.startswith("  ... and ")]
