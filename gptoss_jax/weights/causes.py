@@ -13,18 +13,20 @@ from gptoss_jax.weights.names import Entry
 from gptoss_jax.weights.safetensors_file import Tensor
 
 # What another tool writes: a pattern of names, what it is, what to do. The first that fits is told.
-_RESAVE = "load it with the tool that wrote it and save the whole model in BF16, or take {}"
-_PUBLISHED = "the published checkpoint"
+_RESAVE = (
+    "load it with the tool that wrote it and save the whole model in BF16, or take the published "
+    "checkpoint"
+)
 _SIGNS = (
     (r"\.lora_[AB]\b|\.base_layer\.", "LoRA that is not merged into its base (lora_A, base_layer)",
      "merge it: in PEFT model.merge_and_unload(), then save_pretrained"),
-    (r"\.qweight$|\.qzeros$|\.g_idx$", "GPTQ or AWQ quantization", _RESAVE.format(_PUBLISHED)),
+    (r"\.qweight$|\.qzeros$|\.g_idx$", "GPTQ or AWQ quantization", _RESAVE),
     (r"\.absmax$|\.quant_map$|\.quant_state", "bitsandbytes quantization",
-     _RESAVE.format(_PUBLISHED)),
+     _RESAVE),
     (r"weight_packed$|weight_scale(_inv)?$|input_scale$", "another quantization, with scales of "
-     "its own", _RESAVE.format(_PUBLISHED)),
+     "its own", _RESAVE),
     (r"experts\.(gate|up|down|gate_up)_projs?\.(scales|biases)$", "MLX's own quantization",
-     _RESAVE.format(_PUBLISHED)),
+     _RESAVE),
     (r"_projs\.\d+\.", "experts in a list of their own (_projs.0), as Unsloth has them while it "
      "trains", "save it there with save_pretrained_merged"),
     (r"experts\.\d+\.", "experts one by one (experts.0), not joined to one tensor",

@@ -21,7 +21,6 @@ from weights_by_hand import assert_same_arrays, expected_arrays
 
 import gptoss_jax as gj
 from gptoss_jax.weights.checkpoint import open_checkpoint
-from gptoss_jax.weights.names import entries
 from gptoss_jax.weights.safetensors_file import CheckpointError
 from gptoss_jax.weights.tree import arrays_of
 
@@ -332,26 +331,15 @@ def test_without_a_known_cause_none_is_made_up(config, tmp_path):
     ]
 
 
-def test_a_full_size_checkpoint_under_a_prefix_is_a_dozen_lines(tmp_path):
-    """The listing for gpt-oss-20b, whose headers are made here, without its bytes."""
-    config = gj.ModelConfig.preset("20b")
-    header, end = {}, 0
-    for entry in entries(config, "hf"):
-        size = int(np.prod(entry.published.shape)) * (1 if entry.published.is_bytes else 2)
-        header["base_model.model." + entry.key] = {
-            "dtype": "U8" if entry.published.is_bytes else "BF16",
-            "shape": list(entry.published.shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
-    text = json.dumps(header).encode()
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(config, packed=True)))
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+def test_as_many_tensors_as_the_published_model_has_are_a_dozen_lines(tmp_path):
+    preset = gj.ModelConfig.preset("20b")
+    small = {"embed_dim": 64, "hidden_dim": 32, "head_dim": 2, "num_experts": 5, "vocab_size": 99}
+    config = dataclasses.replace(preset, **small)
+    raw = prefixed("base_model.model.")(checkpoint_arrays(config, layout="hf"))
+    assert len(raw) == 459
 
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(tmp_path)
+        open_checkpoint(saved(config, tmp_path, raw))
 
     lines = str(caught.value).splitlines()
     assert len(lines) == 14
