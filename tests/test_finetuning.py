@@ -153,10 +153,26 @@ def test_all_parameters(base, rows, tmp_path):
     assert finetune(config, *data, "optimisation.steps=1", "optimisation.learning_rate=1e-2") == 0
 
     before = gj.load(base, experts="bf16", dtype="float32")
-    after = gj.load(tmp_path / "out" / "model", dtype="float32", experts="bf16")
+    after = gj.load(tmp_path / "out" / "model", dtype="float32")
     moved = jnp.abs(before.blocks[0].moe.down.kernel[...] - after.blocks[0].moe.down.kernel[...])
     assert 1e-3 < moved.max() < 0.1
     assert gj.tokenizer_of(after).vocab_size == COMPACT.vocab_size
+
+
+def test_adapters_over_what_full_fine_tuning_wrote(base, rows, tmp_path):
+    """Experts that MXFP4 does not hold need no word about it, on a mesh neither."""
+    model = gj.load(base, experts="bf16")
+    kernel = model.blocks[0].moe.down.kernel
+    kernel.set_value(kernel.get_value() + 1 / 3)
+    merged = gj.export(model, tmp_path / "merged", experts="bf16")
+    Tokenizer.compact(vocab_size=COMPACT.vocab_size).save(merged)
+    config = written(tmp_path, merged, rows)
+
+    assert finetune(config, "optimisation.steps=1", "mesh.data=2") == 0
+
+    adapted = gj.load(merged, adapter=tmp_path / "out" / "adapter")
+    assert adapted.blocks[0].moe.down.adapter is not None
+    assert not adapted.packed
 
 
 @pytest.mark.parametrize(

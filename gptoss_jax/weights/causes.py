@@ -89,15 +89,14 @@ def _prefix(expected: Collection[str], unknown: list[str]) -> Iterator[str]:
     (got, wanted), count = changes.most_common(1)[0]
     if count <= len(unknown) // 2:
         return
-    what = f"begin with {got!r}"
+    what = f"begin with {got!r}, as of a model inside another one"
     if wanted:
-        what = f"have {got!r} where {wanted!r} is expected"
+        what = f"have {got!r} where {wanted!r} is expected, as of a model inside another one"
     if not got:
-        what = f"lack {wanted!r} at their beginning"
+        what = f"lack {wanted!r} at their beginning, as of a model without its head"
     yield (
-        f"{count} names {what}, as of a model inside another one or without what is around it; "
-        "rename the tensors, or save the model as GptOssForCausalLM (PEFT's merge_and_unload() "
-        "gives that)"
+        f"{count} names {what}; rename the tensors, or save the model as GptOssForCausalLM "
+        "(PEFT's merge_and_unload() gives that)"
     )
 
 
