@@ -105,13 +105,13 @@ def load(
 
     `path` may be a name such as "openai/gpt-oss-20b" that is in the Hugging Face cache: nothing is
     downloaded. `experts` None holds experts as the checkpoint does; "packed" keeps the published
-    MXFP4 bytes, "bf16" unpacks them. `dtype`, "bfloat16" or "float32", is that of all
-    the rest; None is bfloat16 on accelerators and float32 on CPU. `mesh`,
-    as from `make_mesh`, splits the model over devices, straight from the files: each process reads
-    what its own devices hold. `rules` override lines of `sharding.RULES`. `adapter` is a folder
-    that fine-tuning has written, refused if it was trained on other weights, unless `any_base`.
-    `progress` None shows a bar on a terminal if it takes long. Raises ValueError with all that is
-    wrong. Compiled programs are kept from here on: see inference/compilation.py.
+    MXFP4 bytes, "bf16" unpacks them. `dtype`, "bfloat16" or "float32", is that of all the rest;
+    None is bfloat16 on accelerators and float32 on CPU. `mesh`, as from `make_mesh`, splits the
+    model over devices, straight from the files: each process reads what its own devices hold.
+    `rules` override lines of `sharding.RULES`. `adapter` is a folder that fine-tuning has written,
+    refused if it was trained on other weights, unless `any_base`. `progress` None shows a bar on a
+    terminal if it takes long. Raises ValueError that says what is wrong. Compiled programs are
+    kept from here on: see inference/compilation.py.
     """
     from gptoss_jax.inference.compilation import enable_compilation_cache
     from gptoss_jax.weights.load import load as load_checkpoint
