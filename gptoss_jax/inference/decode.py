@@ -9,7 +9,7 @@ capacity), so a new prompt rarely compiles anything. Knows token ids only; text 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,15 @@ import numpy as np
 from jaxtyping import Int
 
 from gptoss_jax.device import in_this_context
+from gptoss_jax.inference.arguments import (
+    Integers,
+    Prompts,
+    one_each,
+    prompt_list,
+    stop_ids,
+    token_ids,
+    whole,
+)
 from gptoss_jax.inference.finite import meaningless, not_finite
 from gptoss_jax.inference.programs import (
     DecodeState,
@@ -27,6 +36,7 @@ from gptoss_jax.inference.programs import (
 )
 from gptoss_jax.inference.sampling import Sampling, Seen, Steps, power_of_two, sampling_arrays
 from gptoss_jax.model.cache import empty_cache
+from gptoss_jax.model.inputs import described
 from gptoss_jax.model.placed import put
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.shapes import Array
@@ -68,7 +78,7 @@ class Decoder:
         stop: Sequence[int],
     ) -> tuple["Run", np.ndarray, np.ndarray]:
         """Read the prompts; returns the run and the first token and log-probability of each row."""
-        self.check(prompts, limits)
+        prompts = self.check(prompts, limits)
         rows = self._multiple(power_of_two(len(prompts)), "batch")
         spare = rows - len(prompts)
         lengths = np.array([len(p) for p in prompts] + [0] * spare, np.int32)
@@ -120,19 +130,18 @@ class Decoder:
         )
         return self._put(self.structure.state(state), state)
 
-    def check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
-        """Raise ValueError for an empty prompt, a wrong id, or one that leaves no room."""
-        context = self.config.max_context
-        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+    def check(self, prompts: Prompts, limits: Sequence[int]) -> list[list[int]]:
+        """The prompts as lists of ids.
+
+        Raises ValueError for an empty prompt, a wrong id, or one that leaves no room.
+        """
+        context, rows = self.config.max_context, []
+        for row, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
             name = f"prompts[{row}]"
-            if not len(prompt):
+            prompt = token_ids(name, ids, self.vocab_size)
+            rows.append(prompt)
+            if not prompt:
                 raise ValueError(f"{name}: expected at least one token id, got none")
-            outside = [token for token in prompt if not 0 <= token < self.vocab_size]
-            if outside:
-                raise ValueError(
-                    f"{name}: expected token ids in [0, V={self.vocab_size}), got {outside[:5]}; "
-                    "were they made with another model's tokenizer?"
-                )
             if limit < 1:
                 raise ValueError(f"max_new_tokens: expected at least 1, got {limit}")
             if len(prompt) + limit > context:
@@ -140,6 +149,7 @@ class Decoder:
                     f"{name}: expected prompt and new tokens to fit the context of {context} "
                     f"tokens, got {len(prompt)} + {limit}; shorten the prompt or max_new_tokens"
                 )
+        return rows
 
 
 class Run:
@@ -195,17 +205,18 @@ def _padded(stop: Sequence[int]) -> Int[Array, " stops"]:
 
 def generate(
     model: Transformer | Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: Integers,
     sampling: Sampling | Sequence[Sampling] = ADVISED,
-    stop: Sequence[int] = (),
+    stop: Integers | None = (),
 ) -> list[Completion]:
     """Continue every prompt (token ids) until a stop token or `max_new_tokens`, in one dispatch.
 
-    `sampling` and `max_new_tokens` are one for all prompts or one each. Rows do not affect each
-    other. Raises ValueError for an empty prompt, ids outside the vocabulary, or a prompt that
-    leaves no room in the context, NotFiniteError where the model's logits are NaN or infinite.
+    `prompts` are sequences of ids, or an array whose rows they are. `sampling` and `max_new_tokens`
+    are one for all prompts or one each. Rows do not affect each other, up to rounding.
+    Raises ValueError for an empty prompt, ids outside the vocabulary, or a prompt that leaves no
+    room in the context, NotFiniteError where the model's logits are NaN or infinite.
     """
     pieces = stream(
         model,
@@ -226,12 +237,12 @@ def generate(
 
 def stream(
     model: Transformer | Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: Integers,
     sampling: Sampling | Sequence[Sampling] = ADVISED,
-    stop: Sequence[int] = (),
-    tokens_per_dispatch: int | None = 8,
+    stop: Integers | None = (),
+    tokens_per_dispatch: SupportsIndex | None = 8,
 ) -> Iterator[list[Completion]]:
     """As `generate`, but yields what is new after the prefill and after each dispatch.
 
@@ -239,21 +250,18 @@ def stream(
     What comes before a NotFiniteError is yielded first. Nothing runs before the first is asked for,
     and then by the kernels that were wanted here.
     """
-    if not prompts:
+    rows = prompt_list(prompts)
+    if not rows:
         raise ValueError("prompts: expected at least one, got none")
-    if tokens_per_dispatch is not None and tokens_per_dispatch < 1:
-        raise ValueError(
-            f"tokens_per_dispatch: expected at least 1, or None for all, got {tokens_per_dispatch}"
-        )
+    limits = one_each("max_new_tokens", max_new_tokens, len(rows))
+    samplings = _sampling_each(sampling, len(rows))
+    num_tokens = _tokens_per_dispatch(tokens_per_dispatch, max(limits))
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    rows = len(prompts)
-    limits = _one_each("max_new_tokens", max_new_tokens, int, rows)
-    samplings = _one_each("sampling", sampling, Sampling, rows)
-    decoder.check(prompts, limits)
-    start = functools.partial(in_this_context(decoder.start), prompts, sampling=samplings)
-    begin = functools.partial(start, limits=limits, stop=stop)
-    num_tokens = tokens_per_dispatch or max(limits) - 1  # the first came with the prompt
-    return _stream(decoder, begin, num_tokens, limits, frozenset(stop))
+    rows = decoder.check(rows, limits)
+    ends = stop_ids(stop, decoder.vocab_size)
+    start = functools.partial(in_this_context(decoder.start), rows, sampling=samplings)
+    begin = functools.partial(start, limits=limits, stop=ends)
+    return _stream(decoder, begin, num_tokens, limits, frozenset(ends))
 
 
 def _stream(
@@ -293,9 +301,22 @@ def _pieces(tokens, logprobs, made: list[int], limits: list[int], ends) -> list[
     return pieces
 
 
-def _one_each(name: str, value, kind: type, rows: int) -> list:
-    if isinstance(value, kind):
-        return [value] * rows
-    if len(value) != rows:
-        raise ValueError(f"{name}: expected one or {rows}, one per prompt, got {len(value)}")
-    return list(value)
+def _sampling_each(sampling: Any, rows: int) -> list[Sampling]:
+    each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
+    if not isinstance(each, Sequence) or not all(isinstance(row, Sampling) for row in each):
+        raise ValueError(
+            f"sampling: expected a Sampling, or one per prompt, got {described(sampling)}"
+        )
+    if len(each) != rows:
+        raise ValueError(f"sampling: expected one or {rows}, one per prompt, got {len(each)}")
+    return list(each)
+
+
+def _tokens_per_dispatch(asked: Any, longest: int) -> int:
+    """How many; for None what is left after the first token, which comes with the prompt."""
+    if asked is None:
+        return longest - 1
+    number = whole(asked)
+    if number is None or number < 1:
+        raise ValueError(f"tokens_per_dispatch: expected at least 1, or None for all, got {asked}")
+    return max(1, min(number, max(longest, SMALLEST_ROOM)))

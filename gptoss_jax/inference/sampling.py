@@ -9,7 +9,7 @@ devices, `shards` names the mesh axes, and vocabulary_shards.py does what needs 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, UInt32
 
+from gptoss_jax.inference.arguments import real, whole
 from gptoss_jax.inference.vocabulary_shards import (
     Candidates,
     Piece,
@@ -43,6 +44,13 @@ class Sampling:
 
     Order: penalties and bias change the logits, temperature divides them, then top-k, top-p and
     min-p each drop tokens, then one of the rest is drawn. Temperature 0 takes the largest logit.
+
+    As transformers and unlike vLLM, min-p comes last and a small temperature is no zero. As OpenAI
+    and unlike vLLM, the bias is added after the penalties. Unlike both transformers and vLLM,
+    top-k keeps k tokens where several are equal at its end: the lower ids.
+
+    Numbers may be of any library, None is the default, and a token id in `logit_bias` may be
+    written as text, as in JSON. Raises ValueError with all that is out of range.
     """
 
     temperature: float = 1.0
@@ -58,31 +66,50 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        legal = {
-            "temperature": ("a number in [0, 1e30]", 0 <= self.temperature <= LARGEST),
-            "top_k": ("an integer >= 0", 0 <= self.top_k < math.inf and self.top_k % 1 == 0),
-            "top_p": ("a number in (0, 1]", 0 < self.top_p <= 1),
-            "min_p": ("a number in [0, 1]", 0 <= self.min_p <= 1),
-            "repetition_penalty": (
-                "a number in [1e-30, 1e30]",
-                1 / LARGEST <= self.repetition_penalty <= LARGEST,
-            ),
-            "presence_penalty": (SIZE, abs(self.presence_penalty) <= LARGEST),
-            "frequency_penalty": (SIZE, abs(self.frequency_penalty) <= LARGEST),
-            "seed": ("an integer in [0, 2^32)", 0 <= self.seed < 2**32 and self.seed % 1 == 0),
-        }
-        problems = [
-            f"{name}: expected {expected}, got {getattr(self, name)!r}"
-            for name, (expected, holds) in legal.items()
-            if not holds
-        ]
-        problems += [
-            f"logit_bias[{token}]: expected {SIZE} or -inf, got {bias!r}"
-            for token, bias in self.logit_bias.items()
-            if not (abs(bias) <= LARGEST or bias == -math.inf)
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
+        problems = []
+        for name, (read, expected, holds) in _LEGAL.items():
+            given = getattr(self, name)
+            value = getattr(Sampling, name) if given is None else read(given)
+            if value is None or not holds(value):
+                problems.append(f"{name}: expected {expected}, got {given!r}")
+            object.__setattr__(self, name, value)  # a plain number from here on
+        biases, wrong = _biases({} if self.logit_bias is None else self.logit_bias)
+        object.__setattr__(self, "logit_bias", biases)
+        if problems or wrong:
+            raise ValueError("; ".join(problems + wrong))
+
+
+# How each setting is read, what it may be, and whether it is.
+_LEGAL: dict[str, tuple[Callable[[Any], Any], str, Callable[[Any], bool]]] = {
+    "temperature": (real, "a number in [0, 1e30]", lambda x: 0 <= x <= LARGEST),
+    "top_k": (whole, "an integer >= 0", lambda x: x >= 0),
+    "top_p": (real, "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "min_p": (real, "a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "repetition_penalty": (real, "a number in [1e-30, 1e30]", lambda x: 1e-30 <= x <= LARGEST),
+    "presence_penalty": (real, SIZE, lambda x: abs(x) <= LARGEST),
+    "frequency_penalty": (real, SIZE, lambda x: abs(x) <= LARGEST),
+    "seed": (whole, "an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
+}
+
+
+def _biases(given: Any) -> tuple[dict[int, float], list[str]]:
+    """Token ids and what is added to their logits, and what is wrong with them."""
+    if not isinstance(given, Mapping):
+        expected = "token ids and what to add to their logits, as {5: -1.0}"
+        return {}, [f"logit_bias: expected {expected}, got {given!r}"]
+    biases, problems = {}, []
+    for key, bias in given.items():
+        is_digits = isinstance(key, str) and key.isdecimal()
+        token, value = int(key) if is_digits else whole(key), real(bias)
+        if token is None:
+            problems.append(f"logit_bias: expected integers as token ids, got {key!r}")
+        elif token in biases:
+            problems.append(f"logit_bias[{token}]: expected each token once, got {key!r} again")
+        elif value is None or not (abs(value) <= LARGEST or value == -math.inf):
+            problems.append(f"logit_bias[{token}]: expected {SIZE} or -inf, got {bias!r}")
+        else:
+            biases[token] = value
+    return biases, problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +168,15 @@ class Seen(nnx.Pytree):
 
 
 def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays:
-    """Put the rows' settings on the device; a bias for a token outside the vocabulary raises."""
+    """Put the rows' settings on the device.
+
+    Raises ValueError for a bias of a token outside the vocabulary, and if none is left to choose.
+    """
     for row in rows:
+        if list(row.logit_bias.values()).count(-math.inf) == vocab_size:
+            raise ValueError(
+                f"logit_bias: expected a token that may be chosen, got -inf for all V={vocab_size}"
+            )
         outside = [token for token in row.logit_bias if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(

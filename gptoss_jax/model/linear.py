@@ -36,28 +36,38 @@ def _row_twice(row, kernel):
 
 
 def look_up_words(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of a table that may be split: each device looks up the words it has."""
-    if not sharding.axes("vocab"):
-        return look_up(table, tokens)
-    mine, known = sharding.own_ids(tokens, table.shape[0], "vocab")
-    rows = look_up(table, mine)
-    return sharding.total(jnp.where(known[..., None], rows, jnp.zeros_like(rows)), "vocab")
+    """Rows of a table that may be split: each device looks up the words it has.
+
+    NaN for an id that does not exist, and no gradient: another row would be a wrong answer that
+    nobody notices.
+    """
+    if tokens.dtype.itemsize < 4:  # too narrow to be compared with V
+        tokens = tokens.astype(jnp.int32)
+    exists = (tokens >= 0) & (tokens < table.shape[0] * sharding.parts("vocab"))
+    tokens = jnp.where(exists, tokens, jnp.zeros_like(tokens)).astype(jnp.int32)
+    if sharding.axes("vocab"):
+        mine, known = sharding.own_ids(tokens, table.shape[0], "vocab")
+        rows = look_up(table, mine)
+        rows = sharding.total(jnp.where(known[..., None], rows, jnp.zeros_like(rows)), "vocab")
+    else:
+        rows = look_up(table, tokens)
+    return jnp.where(exists[..., None], rows, jnp.full_like(rows, jnp.nan))
 
 
 @jax.custom_vjp
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the table; their gradients are added up in float32."""
+    """Rows of the table, for ids that exist; their gradients are added up in float32."""
     if table.dtype != jnp.bfloat16:
-        return table[tokens]
+        return _look_up(table, tokens)
     return jax.lax.platform_dependent(table, tokens, cpu=_look_up_bits, default=_look_up)
 
 
 def _look_up(table, tokens):
-    return table[tokens]
+    return table.at[tokens].get(mode="promise_in_bounds")
 
 
 def _look_up_bits(table, tokens):
-    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+    bits = _look_up(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens)
     return jax.lax.bitcast_convert_type(bits, table.dtype)
 
 

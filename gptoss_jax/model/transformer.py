@@ -24,6 +24,7 @@ from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.attention import Attention, Place
 from gptoss_jax.model.cache import Cache, LayerCache, cache_specs, new_positions
+from gptoss_jax.model.inputs import check_sequences
 from gptoss_jax.model.linear import linear, look_up_words
 from gptoss_jax.model.moe import MoE
 from gptoss_jax.model.placed import cut_parts, fill_parts, on_mesh, recomputed, together
@@ -119,10 +120,11 @@ class Transformer(nnx.Module):
         """float32 logits of every position of whole sequences.
 
         `positions` count from 0 in each row by default; -1 marks padding. `segments` keep the
-        documents of a packed row apart (give their positions too).
+        documents of a packed row apart (give their positions too). Raises ValueError for shapes and
+        ids that cannot be; an id that is traced and does not exist makes NaN of its row.
         """
-        filled = fill_parts(self.placement, tokens, positions, segments)
-        return cut_parts(self.placement, self.logits(self._hidden(*filled)), tokens.shape)
+        hidden = self._hidden(*self._inputs(tokens, positions, segments))
+        return cut_parts(self.placement, self.logits(hidden), tokens.shape)
 
     def hidden(
         self,
@@ -131,8 +133,12 @@ class Transformer(nnx.Module):
         segments: Segments | None = None,
     ) -> Hidden:
         """What `__call__` turns into logits: the last layer's output, normalised."""
-        filled = fill_parts(self.placement, tokens, positions, segments)
-        return cut_parts(self.placement, self._hidden(*filled), tokens.shape)
+        hidden = self._hidden(*self._inputs(tokens, positions, segments))
+        return cut_parts(self.placement, hidden, tokens.shape)
+
+    def _inputs(self, tokens, positions, segments):
+        check_sequences(tokens, positions, segments, vocab_size=self.config.vocab_size)
+        return fill_parts(self.placement, tokens, positions, segments)
 
     @on_mesh("batch length", "batch length", "batch length", output="batch length .")
     def _hidden(
