@@ -33,6 +33,7 @@ HARMONY_SPECIALS = {
     "<|call|>": 200_012,
     "<|endofprompt|>": 200_018,
 }
+FEWEST_PUBLISHED = max(HARMONY_SPECIALS.values()) + 1  # rows that a trimmed vocabulary keeps
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")  # <|end|> ends a message, not the turn
 
 # How o200k splits text into pieces before any merge; part of the format, so kept to the letter.
@@ -80,16 +81,27 @@ class Tokenizer:
         )
 
     @classmethod
-    def published(cls, *, vocabulary: str | Path | None = None) -> "Tokenizer":
+    def published(
+        cls,
+        *,
+        vocab_size: int = PUBLISHED_VOCAB_SIZE,
+        vocabulary: str | Path | None = None,
+    ) -> "Tokenizer":
         """The tokenizer of the published checkpoints: model ids are library ids.
 
+        A smaller `vocab_size` leaves out the last reserved ids, which a model may have trimmed.
         `vocabulary` is the path of o200k_base.tiktoken, where it is not to be looked for.
         """
-        specials = {f"<|reserved_{token}|>": token for token in range(NUM_RANKS, 201_088)}
+        if not FEWEST_PUBLISHED <= vocab_size <= PUBLISHED_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size: expected {FEWEST_PUBLISHED} (all ids in use) to "
+                f"{PUBLISHED_VOCAB_SIZE}, got {vocab_size}; take a compact tokenizer"
+            )
+        specials = {f"<|reserved_{token}|>": token for token in range(NUM_RANKS, vocab_size)}
         for text, token in HARMONY_SPECIALS.items():
             del specials[f"<|reserved_{token}|>"]
             specials[text] = token
-        return cls(load_vocabulary(path=vocabulary), specials, PUBLISHED_VOCAB_SIZE)
+        return cls(load_vocabulary(path=vocabulary), specials, vocab_size)
 
     @classmethod
     def compact(
