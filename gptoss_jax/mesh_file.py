@@ -6,7 +6,6 @@ different, each a list of mesh axes. configs/mesh/ has such files. Touches no de
 """
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,14 @@ from typing import Any
 from jax.sharding import Mesh
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.sharding import MESH_AXES, RULES, Placement, make_mesh, placement
+from gptoss_jax.sharding import (
+    MESH_AXES,
+    Placement,
+    make_mesh,
+    nearest,
+    placement,
+    rule_problems,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,31 +88,21 @@ def _problems(tables: Mapping[str, Any]) -> Iterator[str]:
     yield from _unknown("", tables, ("mesh", "rules"))
     if "mesh" not in tables:
         yield "mesh: missing; it has the size of each axis"
-    for table, known in (("mesh", MESH_AXES), ("rules", RULES)):
-        fields = tables.get(table, {})
-        if not isinstance(fields, dict):
-            yield f"{table}: expected a table, got {fields!r}"
-            continue
-        yield from _unknown(f"{table}.", fields, known)
-        check = _wrong_size if table == "mesh" else _wrong_axes
-        for key in (key for key in fields if key in known):
-            yield from (f"{table}.{key}: {problem}" for problem in check(fields[key]))
+    sizes = tables.get("mesh", {})
+    if isinstance(sizes, dict):
+        yield from _unknown("mesh.", sizes, MESH_AXES)
+        for key in (key for key in sizes if key in MESH_AXES):
+            yield from (f"mesh.{key}: {problem}" for problem in _wrong_size(sizes[key]))
+    else:
+        yield f"mesh: expected a table, got {sizes!r}"
+    yield from rule_problems(tables.get("rules", {}))
 
 
 def _unknown(where: str, fields: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
     for key in (key for key in fields if key not in known):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-        yield f"{where}{key or repr(key)}: unknown key ({hint})"
+        yield f"{where}{key or repr(key)}: unknown key ({nearest(key, known)})"
 
 
 def _wrong_size(size: Any) -> Iterator[str]:
     if type(size) is not int or size < 1:
         yield f"expected a whole number of devices, at least 1, got {size!r}"
-
-
-def _wrong_axes(axes: Any) -> Iterator[str]:
-    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
-        yield f'expected a list of mesh axes, as ["expert", "tensor"], got {axes!r}'
-    else:
-        yield from _unknown("", dict.fromkeys(axes), MESH_AXES)

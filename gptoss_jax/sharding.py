@@ -15,9 +15,11 @@ On one device, and outside of a placed program, all of these return their argume
 import contextlib
 import contextvars
 import dataclasses
+import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +61,7 @@ def make_mesh(
     context: int = 1,
     devices: Sequence[Any] | None = None,
     explicit: bool = False,
+    **unknown: Any,
 ) -> Mesh:
     """A mesh of the first devices there are, or of `devices`, with the five axes of MESH_AXES.
 
@@ -67,10 +70,14 @@ def make_mesh(
     `context` divides sequences. `explicit` puts shardings into types (jax's Explicit axes).
     Raises ValueError if there are not enough devices, or if processes would be left without any.
     """
+    if unknown:
+        hints = [f"{name}: no such axis ({nearest(name, MESH_AXES)})" for name in unknown]
+        raise TypeError(f"mesh: {'; '.join(hints)}")
     sizes = {"data": data, "fsdp": fsdp, "context": context, "expert": expert, "tensor": tensor}
-    bad = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
+    bad = [f"{name}={size!r}" for name, size in sizes.items() if not _is_count(size)]
     if bad:
         raise ValueError(f"mesh: expected whole numbers of devices, got {', '.join(bad)}")
+    sizes = {name: operator.index(size) for name, size in sizes.items()}
     there = list(jax.devices() if devices is None else devices)
     wanted = math.prod(sizes.values())
     if wanted > len(there):
@@ -87,6 +94,20 @@ def make_mesh(
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, (kind,) * len(sizes), devices=there[:wanted]
     )
+
+
+def _is_count(size: Any) -> bool:
+    """Whether this is a whole number above 0, of any library."""
+    try:
+        return not isinstance(size, bool) and operator.index(size) >= 1
+    except TypeError:
+        return False
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to write instead of a name that is not known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
 
 
 def _spelled(sizes: Mapping[str, int]) -> str:
@@ -142,11 +163,15 @@ def placement(
 ) -> Placement:
     """RULES, or `rules` where they say otherwise, for a mesh and a model.
 
-    Raises ValueError with everything that does not divide and the nearest mesh of as many devices
-    that would.
+    Raises ValueError with all that is wrong with the rules, or everything that does not divide and
+    the nearest mesh of as many devices that would.
     """
-    rules = {name: tuple(axes) for name, axes in (rules or {}).items()}
-    _check_names(mesh, rules)
+    rules = {} if rules is None else rules
+    problems = list(rule_problems(rules, known=dict.fromkeys((*MESH_AXES, *mesh.shape))))
+    if problems:
+        raise ValueError("; ".join(problems))
+    rules = {name: tuple(axes) for name, axes in rules.items()}
+    _check_axes(mesh, rules)
     found, problems = _resolve(dict(mesh.shape), config, packed, rules)
     if problems:
         near = _nearest(dict(mesh.shape), config, packed, rules)
@@ -155,18 +180,35 @@ def placement(
     return Placement(mesh, tuple(found.items()))
 
 
-def _check_names(mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> None:
-    unknown = sorted(set(rules) - set(RULES))
-    if unknown:
-        raise ValueError(
-            f"rules: expected names among {', '.join(RULES)}, got {', '.join(unknown)}"
-        )
-    axes = {axis for choice in rules.values() for axis in choice}
-    strange = sorted((axes | set(mesh.shape)) - set(MESH_AXES) - (axes & set(mesh.shape)))
+def rule_problems(rules: Any, *, known: Collection[str] = MESH_AXES) -> Iterator[str]:
+    """What is wrong with lines that are to replace lines of RULES; `known` are the mesh axes."""
+    if not isinstance(rules, Mapping):
+        yield f"rules: expected a table, got {rules!r}"
+        return
+    for name, axes in rules.items():
+        if name not in RULES:
+            yield f"rules.{name}: unknown key ({nearest(str(name), RULES)})"
+        elif not isinstance(axes, list | tuple) or not all(isinstance(a, str) for a in axes):
+            yield (
+                f'rules.{name}: expected a list of mesh axes, as ["expert", "tensor"], or [] for '
+                f"none, got {axes!r}"
+            )
+        elif len(set(axes)) < len(axes):
+            yield f"rules.{name}: expected each mesh axis once, got {axes!r}"
+        else:
+            strange = dict.fromkeys(axis for axis in axes if axis not in known)
+            for axis in strange:
+                yield f"rules.{name}: {axis or repr(axis)}: unknown key ({nearest(axis, known)})"
+
+
+def _check_axes(mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ValueError for axes of the mesh that nothing would be split over."""
+    used = {axis for axes in rules.values() for axis in axes}
+    strange = sorted(set(mesh.shape) - set(MESH_AXES) - used)
     if strange:
         raise ValueError(
-            f"mesh, rules: expected mesh axes among {', '.join(MESH_AXES)}, got "
-            f"{', '.join(strange)}; make_mesh makes a mesh that has them"
+            f"mesh: expected mesh axes among {', '.join(MESH_AXES)}, got {', '.join(strange)}; "
+            "make_mesh makes a mesh that has them"
         )
 
 
@@ -214,7 +256,9 @@ def _remainder(sizes: Mapping[str, int], axes: Sequence[str], count: tuple[str, 
     return f"{count[1]} {count[0]} do not divide by {over}{product}"
 
 
-_WHOLE_EXPERTS = " (rules experts = [expert, tensor], hidden = [] would divide whole experts)"
+_WHOLE_EXPERTS = (
+    ' (rules {"experts": ["expert", "tensor"], "hidden": []} would divide whole experts)'
+)
 
 
 def _problems(sizes, table, counts, packed: bool) -> list[str]:

@@ -5,12 +5,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from gptoss_jax import sharding
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.mesh_file import written_mesh
 from gptoss_jax.sharding import MESH_AXES, Placement, make_mesh, placement
 
 CONFIG_20B = ModelConfig.preset("20b")
@@ -132,13 +134,49 @@ def test_what_does_not_divide(sizes, packed, rules, words):
 @pytest.mark.parametrize(
     "rules, words",
     [
-        ({"head": ["data"]}, "expected names among batch, length, heads, experts, hidden, vocab"),
-        ({"heads": ["model"]}, "expected mesh axes among data, fsdp, context, expert, tensor"),
+        ({"head": ["data"]}, "rules.head: unknown key (did you mean heads?)"),
+        (
+            {"heads": ["model"]},
+            "rules.heads: model: unknown key (expected one of data, fsdp, context, expert, tensor)",
+        ),
+        ({"experts": "expert"}, 'rules.experts: expected a list of mesh axes, as ["expert", '),
+        ({"vocab": None}, "rules.vocab: expected a list of mesh axes, as"),
+        ({"vocab": [None]}, "or [] for none, got [None]"),
+        ({"vocab": ["tensor"] * 2}, "rules.vocab: expected each mesh axis once, got ['tensor', 't"),
+        ([("vocab", [])], "rules: expected a table, got [('vocab', [])]"),
+        ({"head": [], "vocab": 3}, "did you mean heads?); rules.vocab: expected a list"),
     ],
 )
-def test_unknown_names(rules, words):
-    with pytest.raises(ValueError, match=words):
-        table(CONFIG_20B, rules=rules, data=2)
+def test_what_is_wrong_with_rules_is_told_as_of_a_file(monkeypatch, rules, words):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users check no types
+
+    for check in (
+        lambda: table(CONFIG_20B, rules=rules, data=2),
+        lambda: written_mesh({"mesh": {"data": 2}, "rules": rules}, "a.toml"),
+    ):
+        with pytest.raises(ValueError) as error:
+            check()
+        assert words in str(error.value)
+
+
+def test_an_axis_of_ones_own_may_be_named_by_a_rule():
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    where = placement(mesh, CONFIG_20B, packed=False, rules={"heads": ("model",)})
+
+    assert where.table()["heads"] == ("model",)
+    with pytest.raises(
+        ValueError, match=r"mesh: expected mesh axes among .*, got model; make_mesh"
+    ):
+        placement(mesh, CONFIG_20B, packed=False)
+
+
+def test_a_misspelt_axis_and_numbers_of_other_libraries(monkeypatch):
+    with pytest.raises(TypeError, match=r"^mesh: experts: no such axis \(did you mean expert\?\)$"):
+        make_mesh(experts=8)
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    assert dict(make_mesh(expert=np.int64(4)).shape)["expert"] == 4
 
 
 def test_the_published_models_divide_by_the_machines_of_the_readme():
