@@ -5,87 +5,179 @@ Knows no messages: `conversation.py` writes prompts and reads replies. What is n
 to the checkpoint's generation_config.json, then to OpenAI's advice: temperature and top-p 1.
 """
 
+import dataclasses
+import difflib
 import functools
 import json
 import secrets
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
 
 from gptoss_jax import distributed
+from gptoss_jax.generation_config import GenerationConfig, read_generation_config
 from gptoss_jax.harmony import Tokenizer
+from gptoss_jax.harmony.tokenizer import FEWEST_PUBLISHED, PUBLISHED_VOCAB_SIZE
 from gptoss_jax.inference import decode
+from gptoss_jax.inference.arguments import Integers, Prompts, one_each, prompt_list
 from gptoss_jax.inference.sampling import Sampling
+from gptoss_jax.model.inputs import described
 from gptoss_jax.model.transformer import Transformer
 
 TOKENS_PER_DISPATCH = 8  # text appears in steps of this many
+NEW_TOKENS = 64  # that `generate` adds unless told otherwise
 
 
 class SamplingFields(TypedDict, total=False):
-    """The fields of `Sampling` beside temperature and seed, which have their own arguments."""
+    """The fields of `Sampling` beside temperature and seed, which have their own arguments.
 
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
+    None is as if it were not given.
+    """
+
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+
+
+# What `generate` and `chat` both take.
+SHARED_NAMES = ("temperature", "seed", "max_new_tokens", *SamplingFields.__annotations__)
+# What other libraries call these, or what to do instead.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_length", "num_predict"),
+        "max_new_tokens",
+    ),
+    **dict.fromkeys(("stop_token_ids", "stop_ids", "eos_token_id"), "stop"),
+    **dict.fromkeys(("system", "system_prompt", "developer"), "instructions"),
+    **{"effort": "reasoning_effort", "functions": "tools"},
+    **{"repeat_penalty": "repetition_penalty", "do_sample": "temperature"},
+}
+_INSTEAD = {
+    "stop": "a reply ends at the model's stop tokens; generate takes it",
+    **dict.fromkeys(("reasoning_effort", "instructions", "tools", "date"), "chat takes it"),
+    **dict.fromkeys(
+        ("n", "num_return_sequences", "best_of"),
+        "give a prompt as often as it is to be continued, or ask again",
+    ),
+    **dict.fromkeys(
+        ("sampling", "sampling_params", "generation_config"), "give the settings as arguments"
+    ),
+}
 
 
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: str | Prompts | Sequence[str],
     *,
-    max_new_tokens: int | Sequence[int] = 64,
+    max_new_tokens: Integers | None = None,
     temperature: float | None = None,
-    seed: int | Sequence[int] = 0,
-    stop: Sequence[int] | None = None,
+    seed: Integers | None = None,
+    stop: Integers | None = None,
     **sampling: Unpack[SamplingFields],
 ) -> list[list[int]]:
-    """Continue lists of ids; returns the new ids of each, a stop token included.
+    """Continue prompts; returns the new ids of each, a stop token included.
 
-    Stops at the model's stop tokens, or at `stop`; `stop=()` runs on. A row depends on its prompt
-    and seed alone, so for several samples of one prompt give several seeds: `seed=range(4)`.
+    A prompt is a list or an array of token ids, or a text, which the model's tokenizer encodes; an
+    array of two axes has a prompt in each row. Stops at the model's stop tokens, or at `stop`;
+    `stop=()` runs on. `max_new_tokens` is one number or one per prompt; None is 64.
+    A row depends, up to rounding, on its prompt and seed alone. Without `seed` each row draws one
+    of its own; give one, or one per prompt, to get the same ids again.
+    Raises ValueError for what is out of range, and NotFiniteError as `chat` does.
     """
-    if prompts and not hasattr(prompts[0], "__len__"):
-        raise ValueError(
-            "prompts: expected lists of token ids, got a list of ids; write [prompt] for one"
-        )
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seed: expected one or {len(prompts)}, one per prompt, got {len(seeds)}")
-    rows = [sampling_for(model, temperature=temperature, seed=s, **sampling) for s in seeds]
-    if stop is None:
-        stop = tokenizer_of(model).stop_ids
+    check_model(model)
+    check_names(sampling, (*SHARED_NAMES, "stop"))
+    rows = prompt_list([prompts] if isinstance(prompts, str) else prompts)
+    rows = [_encoded(model, row) for row in rows]
+    how = sampling_for(model, temperature=temperature, **sampling)
+    ends = stop_ids_of(model) if stop is None else stop
+    seeds = new_seeds(model, len(rows)) if seed is None else one_each("seed", seed, len(rows))
     completions = decode.generate(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=rows, stop=stop
+        model,
+        rows,
+        max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        sampling=[dataclasses.replace(how, seed=number) for number in seeds],
+        stop=ends,
     )
     return [completion.tokens for completion in completions]
 
 
+def _encoded(model: Transformer, prompt: Any) -> Any:
+    """The ids of a prompt that is text; every other as it is."""
+    return tokenizer_of(model).encode(prompt) if isinstance(prompt, str) else prompt
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is no model, a path or a name above all."""
+    if not isinstance(model, Transformer):
+        raise ValueError(
+            f"model: expected a Transformer, got {described(model)}; gptoss_jax.load(FOLDER) makes "
+            "one"
+        )
+
+
+def check_names(
+    given: Iterable[str], known: Collection[str], *, near: Collection[str] | None = None
+) -> None:
+    """Raise TypeError for arguments that are not known, each with the nearest, known or `near`."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        hints = [f"{name}: no such argument ({_hint(name, near or known)})" for name in unknown]
+        raise TypeError("; ".join(hints))
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    name = _ELSEWHERE.get(name, name)
+    if name in _INSTEAD and name not in known:
+        return _INSTEAD[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+
+
 def new_seed(model: Transformer) -> int:
     """Draw a seed in [0, 2^32), the same on all processes that share the model."""
-    seed = secrets.randbits(32)
+    return new_seeds(model, 1)[0]
+
+
+def new_seeds(model: Transformer, count: int) -> list[int]:
+    """Draw several, all in one exchange between the processes."""
+    seeds = [secrets.randbits(32) for _ in range(count)]
     if model.placement is None or jax.process_count() == 1:
-        return seed
-    return int(distributed.everyones(str(seed), "seed")[0])
+        return seeds
+    return json.loads(distributed.everyones(json.dumps(seeds), "seed")[0])
 
 
 def tokenizer_of(model: Transformer) -> Tokenizer:
     """The tokenizer that belongs to a model: declared beside its weights, else by vocabulary."""
-    vocab_size = model.config.vocab_size
-    tokenizer = tokenizer_in(model.origin) if model.origin else _tokenizer_of_size(vocab_size)
-    if tokenizer is None or tokenizer.vocab_size > vocab_size:
+    check_model(model)
+    tokenizer = _candidate(model)
+    if not _fits(tokenizer, model):
         got = f"one of {tokenizer.vocab_size} ids" if tokenizer else "none"
         raise ValueError(
-            f"tokenizer: expected one for the model's V={vocab_size}, got {got} from "
-            f"{model.origin or 'a model made in memory'}; pass tokenizer= to chat, and stop= to "
-            "generate"
+            f"tokenizer: expected one for the model's V={model.config.vocab_size}, got {got} from "
+            f"{model.origin or 'a model made in memory'}; pass tokenizer= to chat, and to generate "
+            "token ids and stop="
         )
+    assert tokenizer is not None
     return tokenizer
+
+
+def _candidate(model: Transformer) -> Tokenizer | None:
+    """The tokenizer of the model's folder; the published one with as many rows as the model has."""
+    vocab_size = model.config.vocab_size
+    if model.origin is None:
+        return Tokenizer.compact() if vocab_size == 1024 else _published(vocab_size)
+    tokenizer = tokenizer_in(model.origin)
+    trimmed = tokenizer.is_published and vocab_size < tokenizer.vocab_size
+    return _published(vocab_size) or tokenizer if trimmed else tokenizer
+
+
+def _fits(tokenizer: Tokenizer | None, model: Transformer) -> bool:
+    return tokenizer is not None and tokenizer.vocab_size <= model.config.vocab_size
 
 
 @functools.lru_cache(maxsize=4)
@@ -95,9 +187,25 @@ def tokenizer_in(folder: str) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer_of_size(vocab_size: int) -> Tokenizer | None:
-    made = {201_088: Tokenizer.published, 1024: Tokenizer.compact}.get(vocab_size)
-    return made() if made else None
+def _published(vocab_size: int) -> Tokenizer | None:
+    """The published tokenizer for so many rows; None if they are too few or too many."""
+    if FEWEST_PUBLISHED <= vocab_size <= PUBLISHED_VOCAB_SIZE:
+        return Tokenizer.published(vocab_size=vocab_size)
+    return None
+
+
+def stop_ids_of(model: Transformer, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:
+    """The ids that end a reply: those of the tokenizer, and eos_token_id of generation_config.json.
+
+    Without a `tokenizer` the model's own is taken; where none fits, the file alone decides.
+    Raises ValueError if it says nothing either.
+    """
+    check_model(model)
+    said = _checkpoint_says(model).stop
+    if tokenizer is None and said and not _fits(_candidate(model), model):
+        return said
+    tokenizer = tokenizer or tokenizer_of(model)
+    return tuple(dict.fromkeys((*tokenizer.stop_ids, *said)))
 
 
 def sampling_for(
@@ -107,20 +215,17 @@ def sampling_for(
     seed: int | None = None,
     **fields: Unpack[SamplingFields],
 ) -> Sampling:
-    """What is asked for; the rest as the model's generation_config.json says, then as advised."""
-    asked = dict(fields) if temperature is None else {"temperature": temperature, **fields}
-    return Sampling(**{**_checkpoint_sampling(model.origin), **asked, "seed": seed or 0})
+    """What is asked for; the rest as the model's generation_config.json says, then as advised.
+
+    Raises TypeError for a field that there is not, with the argument of `chat` and `generate` that
+    is nearest.
+    """
+    check_model(model)
+    check_names(fields, SamplingFields.__annotations__, near=SHARED_NAMES)
+    given: dict[str, Any] = {"temperature": temperature, "seed": seed, **fields}
+    asked = {name: value for name, value in given.items() if value is not None}
+    return Sampling(**{**_checkpoint_says(model).sampling, **asked})
 
 
-def _checkpoint_sampling(origin: str | None) -> dict[str, Any]:
-    file = Path(origin, "generation_config.json") if origin else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}; copy the file again") from None
-    if said.get("do_sample") is False:
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: said[name] for name in names if said.get(name) is not None}
+def _checkpoint_says(model: Transformer) -> GenerationConfig:
+    return read_generation_config(model.origin, model.config.vocab_size)

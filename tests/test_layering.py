@@ -23,7 +23,10 @@ FLOORS = (
     ),
     ("model",),
     ("weights", "inference", "training", "research"),
-    ("generation", "conversation", "finetuning", "tiny", "serving", "planning", "benchmarking"),
+    (
+        *("generation", "generation_config", "conversation", "finetuning", "tiny"),
+        *("serving", "planning", "benchmarking"),
+    ),
     ("cli", "__init__"),
 )
 # Rooms of one floor do not know each other, except these (importer, imported).
@@ -32,6 +35,7 @@ SAME_FLOOR = {
     ("cli", "__init__"),
     ("config", "config_json"),
     ("conversation", "generation"),
+    ("generation", "generation_config"),
     ("finetuning", "conversation"),
     ("finetuning", "generation"),
     ("tiny", "finetuning"),
