@@ -18,8 +18,10 @@ from typing import Any, Unpack
 from gptoss_jax.generation import (
     TOKENS_PER_DISPATCH,
     SamplingFields,
+    check_names,
     new_seed,
     sampling_for,
+    stop_ids_of,
     tokenizer_of,
 )
 from gptoss_jax.harmony import (
@@ -253,6 +255,7 @@ class Conversation:
         tokenizer: Tokenizer | None = None,
         **sampling: Unpack[SamplingFields],
     ):
+        check_names(sampling, ChatOptions.__optional_keys__)
         self.model = model
         self.tokenizer = tokenizer or tokenizer_of(model)
         self.reasoning_effort = reasoning_effort
@@ -281,7 +284,7 @@ class Conversation:
             [prompt],
             max_new_tokens=limit,
             sampling=dataclasses.replace(self.sampling, seed=seed),
-            stop=self.tokenizer.stop_ids,
+            stop=stop_ids_of(self.model, self.tokenizer),
             tokens_per_dispatch=TOKENS_PER_DISPATCH,
         )
 

@@ -49,6 +49,8 @@ def tokenizer():
 def folder(tmp_path_factory, tokenizer):
     folder = write_checkpoint(CONFIG, tmp_path_factory.mktemp("random"))
     tokenizer.save(folder)
+    stops = {"do_sample": True, "eos_token_id": list(tokenizer.stop_ids)}
+    (folder / "generation_config.json").write_text(json.dumps(stops))
     return folder
 
 
