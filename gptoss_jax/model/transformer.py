@@ -80,6 +80,8 @@ class Transformer(nnx.Module):
     `dtype` is that of every parameter and of the residual stream: bfloat16 or float32 (float16
     overflows in the 120b model). `experts` is "packed" (MXFP4 bytes) or "bf16" (plain arrays).
     `placement` says for which mesh packed bytes are laid out; `place` and `load` put them there.
+    Look inside with `nnx.capture(..., method_outputs=...)` on one device alone: on a mesh it raises
+    and leaves a model that has to be loaded again.
     """
 
     def __init__(
