@@ -43,6 +43,7 @@ from gptoss_jax.harmony import (
 from gptoss_jax.harmony.messages import CHANNELS
 from gptoss_jax.harmony.tools import Tool
 from gptoss_jax.inference import decode
+from gptoss_jax.inference.arguments import whole
 from gptoss_jax.inference.decode import Completion
 from gptoss_jax.model.transformer import Transformer
 
@@ -279,11 +280,12 @@ class Conversation:
         prompt, settings = self.prompt(self.messages + added), self._settings()
         limit = _limit(self.model, len(prompt), self.max_new_tokens, self.reasoning_effort)
         seed = new_seed(self.model) if self.seed is None else self.seed
+        how = dataclasses.replace(self.sampling, seed=seed)
         pieces = decode.stream(
             self.model,
             [prompt],
             max_new_tokens=limit,
-            sampling=dataclasses.replace(self.sampling, seed=seed),
+            sampling=how,
             stop=stop_ids_of(self.model, self.tokenizer),
             tokens_per_dispatch=TOKENS_PER_DISPATCH,
         )
@@ -298,7 +300,7 @@ class Conversation:
             tools=call_names(self.tools, settings.builtin_tools),
             channels=settings.channels or CHANNELS,
         )
-        return ReplyStream(prompt, pieces, parser, seed, remember)
+        return ReplyStream(prompt, pieces, parser, how.seed, remember)
 
     def prompt(self, messages: Messages) -> list[int]:
         """The ids that the model continues, for a text or a whole conversation."""
@@ -357,9 +359,10 @@ def _limit(model: Transformer, num_prompt: int, asked: int | None, effort: str) 
         )
     if asked is None:
         return min(left, max(ROOM[effort] - num_prompt, ROOM[effort] // 2))
-    if not 1 <= asked <= left:
+    number = whole(asked)
+    if number is None or not 1 <= number <= left:
         raise ValueError(
             f"max_new_tokens: expected 1 to {left} (the context of {context} tokens without the "
-            f"prompt's {num_prompt}), got {asked}; lower it, or None for what fits"
+            f"prompt's {num_prompt}), got {asked!r}; lower it, or None for what fits"
         )
-    return asked
+    return number

@@ -278,6 +278,16 @@ def test_chat_stops_at_the_files_tokens_too(says):
     assert reply.finish_reason == "stop"
 
 
+def test_chat_takes_numbers_of_every_library_and_replies_with_plain_ones(model):
+    reply = chat(model, "Hi", max_new_tokens=np.int64(4), seed=np.uint32(3), top_k=jnp.int32(5))
+
+    assert reply == chat(model, "Hi", max_new_tokens=4, seed=3, top_k=5)
+    assert type(reply.seed) is int and len(reply.tokens) <= 4
+    for wrong in ("4", 2.5, True):
+        with pytest.raises(ValueError, match=rf"^max_new_tokens: .* got {wrong!r}; lower it"):
+            chat(model, "Hi", max_new_tokens=wrong)
+
+
 def test_where_no_tokenizer_fits_the_file_alone_says_where_to_stop(tmp_path):
     model = shapes_of(vocab_size=300)
     model.origin = str(tmp_path)  # declares none, so the published one is meant
