@@ -168,15 +168,8 @@ class Seen(nnx.Pytree):
 
 
 def sampling_arrays(rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays:
-    """Put the rows' settings on the device.
-
-    Raises ValueError for a bias of a token outside the vocabulary, and if none is left to choose.
-    """
+    """Put the rows' settings on the device; a bias for a token outside the vocabulary raises."""
     for row in rows:
-        if list(row.logit_bias.values()).count(-math.inf) == vocab_size:
-            raise ValueError(
-                f"logit_bias: expected a token that may be chosen, got -inf for all V={vocab_size}"
-            )
         outside = [token for token in row.logit_bias if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(
