@@ -152,11 +152,11 @@ def _folder(run: Run, what: str) -> Path:
 
 
 class ProgressBar(Reporter):
-    """A bar with loss, tokens per second, memory and time left; where the output is no terminal,
+    """A bar on stderr with loss, tokens per second, memory and time left; where that is no terminal,
     a line at the first step, every `every` steps, and at the last one."""
 
     def __init__(self, *, every: int = 10, console: Console | None = None):
-        self.every, self.console = every, console or Console()
+        self.every, self.console = every, console or Console(stderr=True)
         self.bar: Progress | None = None
         self.steps = 0
         self.recent: collections.deque[Metrics] = collections.deque(maxlen=20)
