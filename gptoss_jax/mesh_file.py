@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mesh that is written down: `expert=4,tensor=2`, or a TOML file with [mesh] and [rules].
 
-[mesh] has the sizes of sharding.MESH_AXES, [rules] the lines of sharding.RULES that are to be
-different, each a list of mesh axes. configs/mesh/ has such files. Touches no device before `mesh`.
+[mesh] has the sizes of MESH_AXES in mesh_rules.py, [rules] the lines of its RULES that are to be
+different, each a list of mesh axes. configs/mesh/ has such files. Reading one needs no jax.
 """
 
 import dataclasses
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.sharding import (
-    MESH_AXES,
-    Placement,
-    make_mesh,
-    nearest,
-    placement,
-    rule_problems,
-)
+from gptoss_jax.mesh_rules import MESH_AXES, nearest, rule_problems
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from gptoss_jax.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +27,17 @@ class WrittenMesh:
     sizes: Mapping[str, int]
     rules: Mapping[str, tuple[str, ...]]
 
-    def mesh(self) -> Mesh:
+    def mesh(self) -> "Mesh":
         """On the devices that are there. Raises ValueError if they do not suffice."""
+        from gptoss_jax.sharding import make_mesh
+
         sizes: dict[str, Any] = dict(self.sizes)
         return make_mesh(**sizes)
 
-    def placement(self, config: ModelConfig, *, packed: bool) -> Placement:
+    def placement(self, config: ModelConfig, *, packed: bool) -> "Placement":
         """The same for one model. Raises ValueError if its sizes do not divide."""
+        from gptoss_jax.sharding import placement
+
         return placement(self.mesh(), config, packed=packed, rules=self.rules)
 
 

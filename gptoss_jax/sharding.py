@@ -15,11 +15,10 @@ On one device, and outside of a placed program, all of these return their argume
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import itertools
 import math
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,19 +26,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.mesh_rules import MESH_AXES, RULES, nearest, rule_problems
 
-MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")  # neighbours last
-
-# Logical axis -> the mesh axes it is split over, major first: the first choice that divides.
-RULES: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "batch": (("data", "fsdp"),),
-    "length": (("context",),),  # of sequences; and "slots", those of full attention's cache
-    "heads": (("expert", "tensor"), ("tensor",)),  # of keys and values, and their queries
-    "experts": (("expert",),),
-    "hidden": (("tensor",),),  # the experts' width
-    "vocab": (("expert", "tensor"), ("tensor",), ()),
-    "embed": (("fsdp",),),  # of parameters, which are put together just before they are used
-}
 # No two of these may be split over one mesh axis: they meet in one array. Tokens and experts may:
 # then tokens go to their experts and back.
 _MEET = (
@@ -102,12 +90,6 @@ def _is_count(size: Any) -> bool:
         return not isinstance(size, bool) and operator.index(size) >= 1
     except TypeError:
         return False
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """What to write instead of a name that is not known."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
 
 
 def _spelled(sizes: Mapping[str, int]) -> str:
@@ -178,27 +160,6 @@ def placement(
         hint = f"; the nearest mesh of as many devices that works: {near}" if near else ""
         raise ValueError(f"mesh: {_spelled(mesh.shape)}: " + "; ".join(problems) + hint)
     return Placement(mesh, tuple(found.items()))
-
-
-def rule_problems(rules: Any, *, known: Collection[str] = MESH_AXES) -> Iterator[str]:
-    """What is wrong with lines that are to replace lines of RULES; `known` are the mesh axes."""
-    if not isinstance(rules, Mapping):
-        yield f"rules: expected a table, got {rules!r}"
-        return
-    for name, axes in rules.items():
-        if name not in RULES:
-            yield f"rules.{name}: unknown key ({nearest(str(name), RULES)})"
-        elif not isinstance(axes, list | tuple) or not all(isinstance(a, str) for a in axes):
-            yield (
-                f'rules.{name}: expected a list of mesh axes, as ["expert", "tensor"], or [] for '
-                f"none, got {axes!r}"
-            )
-        elif len(set(axes)) < len(axes):
-            yield f"rules.{name}: expected each mesh axis once, got {axes!r}"
-        else:
-            strange = dict.fromkeys(axis for axis in axes if axis not in known)
-            for axis in strange:
-                yield f"rules.{name}: {axis or repr(axis)}: unknown key ({nearest(axis, known)})"
 
 
 def _check_axes(mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> None:

@@ -15,7 +15,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gptoss_jax"
 
 FLOORS = (
-    ("config", "config_json", "shapes", "compat", "device", "folders", "roll_call"),
+    (
+        *("config", "config_json", "mesh_rules", "shapes", "compat", "device", "folders"),
+        "roll_call",
+    ),
     ("mxfp4", "sharding", "mesh_file", "distributed", "harmony", "run_file"),
     (
         *("kernels", "kernels/dispatch", "kernels/hopper"),
@@ -63,6 +66,7 @@ FORBIDDEN = {
     "harmony": {"jax", "flax"},
     "inference/scheduler": {"jax", "flax"},
     "roll_call": {"jax", "flax"},
+    "mesh_rules": {"jax", "flax"},
 }
 # The same, for the room's own statements alone.
 FORBIDDEN_HERE = {"kernels": {"flax"}}
