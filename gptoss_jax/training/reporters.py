@@ -152,8 +152,10 @@ def _folder(run: Run, what: str) -> Path:
 
 
 class ProgressBar(Reporter):
-    """A bar on stderr with loss, tokens per second, memory and time left; where that is no terminal,
-    a line at the first step, every `every` steps, and at the last one."""
+    """A bar on stderr with loss, tokens per second, memory and time left.
+
+    Where that is no terminal: a line at the first step, every `every` steps, and at the last one.
+    """
 
     def __init__(self, *, every: int = 10, console: Console | None = None):
         self.every, self.console = every, console or Console(stderr=True)
