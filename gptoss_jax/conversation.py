@@ -11,6 +11,7 @@ the first lines of every prompt, so prompts could not be reused from one day to 
 
 import dataclasses
 import datetime
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -128,6 +129,7 @@ class ReplyStream(Iterator[Event]):
         seed: int,
         when_done: Callable[[Reply], None] | None = None,
     ):
+        self.arrived: list[tuple[float, int]] = []  # by time.perf_counter(), and how many ids then
         self._prompt, self._pieces, self._when_done = prompt, pieces, when_done
         self._seed = seed
         self._seen: list[Event] = []
@@ -160,6 +162,7 @@ class ReplyStream(Iterator[Event]):
             self._whole.tokens += piece.tokens
             self._whole.logprobs += piece.logprobs
             self._whole.finish_reason = piece.finish_reason
+            self.arrived.append((time.perf_counter(), len(self._whole.tokens)))
             for token in piece.tokens:
                 events = self._parser.feed(token)
                 self._seen += events
