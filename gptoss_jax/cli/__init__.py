@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `gptoss` command: one file a subcommand, each a typed dataclass that tyro reads.
 
-stdout holds what was asked for and nothing else; remarks and errors go to stderr. A user's mistake
-is one line and exit status 2, a traceback is shown with --debug only. Nothing heavy is imported
-before a subcommand runs: --help and --version know no jax.
+stdout holds what was asked for and nothing else; remarks and errors go to stderr, a line each that
+begins with `gptoss:`, and with --json the error is on stdout, too: {"error": {"type", "message"}}.
+Nothing heavy is imported before a subcommand runs: --help and --version know no jax.
+STATUSES is the table of exit statuses.
 """
 
+import contextlib
+import inspect
 import io
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tyro
 
@@ -18,13 +21,13 @@ import gptoss_jax
 from gptoss_jax.cli.bench import Bench
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.data import Data
+from gptoss_jax.cli.errors import INTERRUPTED, fail, print_error
 from gptoss_jax.cli.finetune import Finetune
 from gptoss_jax.cli.generate import Generate
 from gptoss_jax.cli.info import Info
-from gptoss_jax.cli.output import complain
+from gptoss_jax.cli.mistakes import explain, near, one_of
 from gptoss_jax.cli.processes import leave
 
-ABOUT = "OpenAI's gpt-oss in JAX. `gptoss --version` says which version this is."
 COMMANDS = {
     "chat": Chat,
     "generate": Generate,
@@ -33,47 +36,88 @@ COMMANDS = {
     "info": Info,
     "bench": Bench,
 }
+STATUSES = {
+    0: "done",
+    1: "no answer came, or data that does not pass, or something failed inside",
+    2: "a mistake in the arguments or files, named in one line; a missing file, too",
+    75: "fine-tuning was stopped: the same command goes on with it",
+    130: "interrupted (Ctrl-C)",
+    141: "whoever read the output has gone",
+}
+CLOSED_PIPE = 141
 
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; returns the exit status."""
-    debug = False
+    before = list(arguments)[: arguments.index("--") if "--" in arguments else None]
+    debug, as_json = "--debug" in before, "--json" in before
     try:
-        if list(arguments) == ["--version"]:
-            print(gptoss_jax.__version__)
-            return 0
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="gptoss", description=ABOUT, args=arguments, sort_subcommands=False
-        )
-        debug = command.debug
-        status = command.run()
+        status = _run(list(arguments))
         sys.stdout.flush()
         return status
-    except SystemExit as end:  # help, or arguments whose mistake tyro has explained
-        return int(end.code or 0)
     except KeyboardInterrupt:
-        return 130
+        if as_json:
+            print_error("KeyboardInterrupt", "interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # the reader has gone; Python must not try to flush what is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return CLOSED_PIPE
     except Exception as error:
-        report(error, debug)
-        return status_of(error)
+        return fail(error, debug=debug, as_json=as_json)
 
 
-def report(error: Exception, debug: bool) -> None:
-    """One line for a user's mistake; for anything else where to look, too."""
-    if debug:
-        traceback.print_exc()
-    elif status_of(error) == 2:
-        complain(str(error))
+def _run(arguments: list[str]) -> int:
+    word = arguments[0] if arguments else ""
+    if word in ("-h", "--help", "help"):
+        print("\n".join(overview()))
+    elif word in ("-V", "--version", "version"):
+        print(gptoss_jax.__version__)
+    elif word in COMMANDS:
+        return parsed(word, arguments[1:]).run()
+    elif word.startswith("--tyro-"):  # scripts with which shells complete words
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptoss", args=arguments)
     else:
-        complain(f"{type(error).__name__}: {error}; --debug shows where")
+        raise ValueError(
+            f"COMMAND: expected {one_of(list(COMMANDS))}, got {repr(word) if word else 'none'}"
+            f"{near(word, COMMANDS)}; `gptoss --help` says what they do"
+        )
+    return 0
 
 
-def status_of(error: Exception) -> int:
-    """2 for what the user can put right, 1 for the rest."""
-    return 2 if isinstance(error, ValueError | OSError | ImportError) else 1
+def parsed(name: str, words: list[str]) -> Any:
+    """The subcommand, with its options. Raises ValueError with all that is wrong with them."""
+    prog, said = f"gptoss {name}", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(COMMANDS[name], prog=prog, args=words, config=(tyro.conf.DisallowNone,))
+    except SystemExit as end:
+        if not end.code:
+            return Helped()
+    raise ValueError(explain(prog, COMMANDS[name], words, said.getvalue()))
+
+
+class Helped:
+    """In place of a subcommand of which only the options were asked for."""
+
+    def run(self) -> int:
+        return 0
+
+
+def overview() -> Iterator[str]:
+    """What `gptoss --help` prints."""
+    yield "usage: gptoss [-h] [-V] COMMAND ..."
+    yield "\nOpenAI's gpt-oss in JAX. Without --checkpoint, a tiny one that adds numbers."
+    yield "\ncommands (`gptoss COMMAND --help` lists the options of one):"
+    for name, command in COMMANDS.items():
+        yield f"  {name:9} {(inspect.getdoc(command) or '').partition(chr(10))[0]}"
+    yield "\noptions:"
+    yield "  -h, --help     show this"
+    yield "  -V, --version  show the version"
+    yield "\nexample:"
+    yield '  gptoss chat "What is 17+26?"'
+    yield "\nexit status:"
+    for status, meaning in STATUSES.items():
+        yield f"  {status:3}  {meaning}"
 
 
 def main() -> None:

@@ -7,12 +7,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gptoss_jax.cli.values import Flag, Text
+from gptoss_jax.cli.values import File, Flag
+
+NO_HINT = tyro.conf.arg(help_behavior_hint="")
 
 
 @dataclass(kw_only=True)
 class Bench:
-    """Time kernels or a whole model beside what the device reaches at best; ends in JSON."""
+    """Time kernels or a whole model beside what the device reaches at best; ends in JSON.
+
+    Example: gptoss bench kernels --match "decode on rings"
+    """
 
     what: tyro.conf.Positional[Literal["kernels", "model"]]
     """kernels: each case of each op, by everything that runs here. model: prefill and decode."""
@@ -20,13 +25,13 @@ class Bench:
     """kernels: only cases whose name contains TEXT."""
     tune: Flag = False
     """kernels: look for the best block sizes first and keep them for this kind of device."""
-    size: Literal["20b", "120b", "mid"] | None = None
+    size: Annotated[Literal["20b", "120b", "mid"] | None, NO_HINT] = None
     """model: the shapes of its random weights; without it 20b, or mid (0.5 billion) on CPU."""
     experts: Literal["packed", "bf16"] = "packed"
     """model: how the experts are held."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, NO_HINT] = None
     """Without it what suits the device."""
-    output: Text = None
+    output: File = None
     """A file for the report, as JSON."""
     debug: Flag = False
     """Show a traceback when something fails."""

@@ -1,182 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gptoss chat`: one question, or a conversation with a line a turn.
 
-The reply is printed while it comes: the answer, and on a terminal the reasoning, dimmed.
+What can be wrong without the weights is said before they are loaded. shown.py prints replies,
+dialogue.py reads lines.
 """
 
 import contextlib
 import dataclasses
 import datetime
-import os
+import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptoss_jax.cli.dialogue import Dialogue
 from gptoss_jax.cli.options import OfModel
-from gptoss_jax.cli.output import print_json, printable, remark, write
-from gptoss_jax.cli.values import Count, Positional, Text
+from gptoss_jax.cli.output import print_json, remark
+from gptoss_jax.cli.shown import has_result, remarks_on, reply_as_json, show
+from gptoss_jax.cli.stats import Stopwatch, in_words
+from gptoss_jax.cli.values import Count, File, Positional, Text, is_date
 
 if TYPE_CHECKING:
     from gptoss_jax.conversation import Conversation, Reply, ReplyStream
-    from gptoss_jax.harmony import Message
+    from gptoss_jax.harmony import FunctionTool
+
+Builtins = Annotated[
+    list[Literal["python", "browser"]],
+    tyro.conf.arg(metavar="{python,browser} ...", help_behavior_hint=""),
+]
 
 
 @dataclass(kw_only=True)
 class Chat(OfModel):
-    """Ask the model one thing, or talk to it: without TEXT every line of the input is a turn."""
+    """Ask the model one thing, or talk to it: without TEXT every line of the input is a turn.
 
-    text: Positional = ""
-    """What to ask; without it a conversation starts (/reset, /effort LEVEL, /exit)."""
+    Example: gptoss chat --reasoning-effort low "What is 17+26?"
+    """
+
+    text: Positional = None
+    """What to ask; without it a conversation starts, in which /help lists the commands."""
     reasoning_effort: Literal["low", "medium", "high"] = "medium"
     """How long the model thinks."""
     developer: Annotated[Text, tyro.conf.arg(aliases=["--system"])] = None
     """Instructions for the whole conversation: the developer text, elsewhere the system prompt."""
     date: Text = None
     """YYYY-MM-DD or `today`: what the model takes for today; without it the model is not told."""
+    max_new_tokens: Count = None
+    """Limit of the reply, reasoning included; without it as much as suits the effort."""
+    tools: File = None
+    """A JSON file with a list of tools, as OpenAI's API has them; calls are printed, not made."""
+    builtin_tools: Builtins = dataclasses.field(default_factory=list)
+    """Tools that the model was trained with; calls are printed, not made."""
     show_analysis: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = dataclasses.field(
         default_factory=lambda: sys.stdout.isatty()
     )
     """Print the reasoning too; without it on a terminal only, where it is dimmed."""
-    max_new_tokens: Count = None
-    """Limit of the reply, reasoning included; without it as much as suits the effort."""
 
     def run(self) -> int:
-        if self.several and not self.text:
-            raise ValueError(
-                "TEXT: expected a question, which all processes are given, got none; a "
-                "conversation needs a single process"
-            )
+        self.begin()
         harmony_ready = in_background(open_harmony)
-        self.join()
-        sampling = self.together(self.sampling, "arguments")
         from gptoss_jax.conversation import Conversation
 
         date = datetime.date.today() if self.date == "today" else self.date
-        model = self.load(date=date)
+        tools = self.read_tools()
+        self.model.say_if_bundled()
+        model = self.load(date=date, tools=tools)
         harmony_ready()
+        builtins = {"builtin_tools": self.builtin_tools} if self.builtin_tools else {}
         talk = Conversation(
             model,
             reasoning_effort=self.reasoning_effort,
             instructions=self.developer,
+            tools=tools,
             date=date,
             max_new_tokens=self.max_new_tokens,
-            **sampling,
+            **builtins,
+            **self.sampling.given(),
         )
-        if self.text:
-            return 0 if self.answer(talk, self.text).final else 1
-        self.converse(talk)
-        return 0
+        turns = Turns(self, talk)
+        if self.text is not None:
+            return 0 if has_result(turns.answer(self.text)) else 1
+        return Dialogue(talk, turns.answer_or_stop, turns.tell_speed).run()
 
-    def answer(self, talk: "Conversation", text: str) -> "Reply":
+    def problems(self) -> Iterator[str]:
+        if self.processes.several and self.text is None:
+            yield (
+                "TEXT: expected a question, which all processes are given, got none; a "
+                "conversation needs a single process"
+            )
+        if self.text is not None and not self.text.strip():
+            yield "TEXT: expected a question, got an empty one; leave it out for a conversation"
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            yield f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}"
+        if self.date not in (None, "today") and not is_date(self.date):
+            yield f"--date: expected YYYY-MM-DD or today, got {self.date!r}"
+        try:
+            self.read_tools()
+        except ValueError as error:
+            yield str(error)
+
+    def read_tools(self) -> "list[FunctionTool]":
+        """Raises ValueError, beginning with the file, if they are not as OpenAI's API has them."""
+        if self.tools is None:
+            return []
+        from gptoss_jax.harmony import tools_from_openai
+
+        try:
+            return tools_from_openai(json_list(Path(self.tools)))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--tools: {self.tools}: {error}") from None
+
+
+class Turns:
+    """Asks and prints, for as long as a conversation goes on."""
+
+    def __init__(self, chat: Chat, talk: "Conversation"):
+        self.chat, self.talk = chat, talk
+        self.watch = Stopwatch() if chat.output.stats else None
+
+    def answer(self, text: str) -> "Reply":
         """Print one reply as it comes."""
-        stream = talk.stream(text)
-        if self.json:
-            reply = stream.reply()
-            print_json(reply_as_json(reply))
-        else:
-            reply = show(stream, with_analysis=self.show_analysis)
-        if reply.malformed:
-            kinds = ", ".join(sorted({recovery.kind for recovery in reply.recoveries}))
-            remark(f"the reply departs from the Harmony format ({kinds}); no text was lost")
-        if reply.finish_reason == "length":
-            remark(f"cut after {len(reply.tokens)} tokens; --max-new-tokens allows more")
-        elif not reply.final:
-            remark("the reply has no answer; --show-analysis prints the rest of it")
+        stream = self.stream(text)
+        reply = self.read(stream)
+        self.finish(stream, reply)
         return reply
 
-    def converse(self, talk: "Conversation") -> None:
-        """One turn a line, until the input ends."""
-        terminal = sys.stdin.isatty()
-        if terminal:
-            remark("/reset forgets, /effort low|medium|high, /exit or Ctrl-D ends")
-        for line in lines_of_input(terminal):
-            words = line.split()
-            if words == ["/exit"]:
-                return
-            if words == ["/reset"]:
-                talk.reset()
-            elif words[:1] == ["/effort"]:
-                set_effort(talk, words[1:])
-            elif words:
-                try:
-                    self.answer(talk, line)
-                except (ValueError, FloatingPointError) as error:
-                    if not terminal:
-                        raise
-                    remark(str(error))
-
-
-def show(stream: "ReplyStream", *, with_analysis: bool) -> "Reply":
-    """Print a reply while it comes: the answer, and dimmed what is not the answer."""
-    from gptoss_jax.harmony import Message, MessageEnd, MessageStart, TextDelta
-
-    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    visible = dimmed = False
-    try:
-        for event in stream:
-            if isinstance(event, MessageStart):
-                said = Message(event.role, "", channel=event.channel, recipient=event.recipient)
-                visible = said.is_answer or with_analysis
-                dimmed = visible and styled and not said.is_answer
-                write(("\x1b[2m" if dimmed else "") + label(said) if visible else "")
-            elif isinstance(event, TextDelta) and visible:
-                write(printable(event.text))
-            elif isinstance(event, MessageEnd) and visible:
-                write("\x1b[0m\n" if dimmed else "\n")
-                dimmed = False
-    finally:
-        if dimmed:
-            write("\x1b[0m\n")
-    return stream.reply()
-
-
-def label(said: "Message") -> str:
-    """What stands ahead of a message that is neither reasoning nor answer."""
-    if said.is_answer or (said.channel == "analysis" and said.recipient is None):
-        return ""
-    words = [said.role, said.channel, said.recipient and f"to={said.recipient}"]
-    return f"[{' '.join(filter(None, words))}] "
-
-
-def reply_as_json(reply: "Reply") -> dict[str, Any]:
-    return {
-        "final": reply.final,
-        "analysis": reply.analysis,
-        "finish_reason": reply.finish_reason,
-        "messages": [dataclasses.asdict(message) for message in reply.messages],
-        "recoveries": [dataclasses.asdict(recovery) for recovery in reply.recoveries],
-        "prompt": reply.prompt,
-        "tokens": reply.tokens,
-        "logprobs": reply.logprobs,
-    }
-
-
-def lines_of_input(terminal: bool) -> Iterator[str]:
-    """Lines as they are entered; on a terminal with a prompt and, where there is one, a history."""
-    if not terminal:
-        yield from (line.rstrip("\n") for line in sys.stdin)
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() uses it
-    # input() writes its prompt to stdout unless that is a terminal too.
-    prompt = "> " if sys.stdout.isatty() else ""
-    while True:
-        try:
-            yield input(prompt)
-        except EOFError:
-            print(file=sys.stderr)
+    def answer_or_stop(self, text: str) -> None:
+        """The same, but on a terminal Ctrl-C ends the reply and not the conversation."""
+        if not sys.stdin.isatty():
+            self.answer(text)
             return
+        stream = self.stream(text)
+        try:
+            reply = self.read(stream)
+        except KeyboardInterrupt:
+            reply = stream.stop()
+        self.finish(stream, reply)
+
+    def stream(self, text: str) -> "ReplyStream":
+        if self.watch is not None:
+            self.watch.restart()
+        return self.talk.stream(text)
+
+    def read(self, stream: "ReplyStream") -> "Reply":
+        if self.chat.output.json:
+            return stream.reply()
+        return show(stream, with_analysis=self.chat.show_analysis)
+
+    def finish(self, stream: "ReplyStream", reply: "Reply") -> None:
+        """All that is printed once a reply is there."""
+        watch = self.watch
+        stats = watch and watch.stats(len(reply.prompt), stream.arrived)
+        if self.chat.output.json:
+            more = {} if stats is None else {"stats": stats}
+            print_json({**reply_as_json(reply), "model": self.chat.model.folder, **more})
+        for text in remarks_on(reply):
+            remark(text)
+        if stats is not None:
+            remark(in_words(stats, reply.seed))
+
+    def tell_speed(self) -> None:
+        """From here on after every answer."""
+        self.watch = self.watch or Stopwatch()
+        remark("the speed of each answer follows it")
 
 
-def set_effort(talk: "Conversation", words: list[str]) -> None:
-    if words in (["low"], ["medium"], ["high"]):
-        talk.reasoning_effort = words[0]
-    else:
-        remark(f"/effort: expected low, medium or high, got {' '.join(words) or 'nothing'}")
+def json_list(file: Path) -> list[Any]:
+    """What a file holds, if it is a list."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("expected a JSON file, got nothing there; check the path") from None
+    except ValueError as error:
+        raise ValueError(f"expected JSON, got {error}") from None
+    if not isinstance(found, list):
+        raise ValueError(
+            f"expected a list of tools, got a {type(found).__name__}; put [ ] around it"
+        )
+    return found
 
 
 def in_background(work: Callable[[], Any]) -> Callable[[], None]:

@@ -2,9 +2,11 @@
 """`gptoss data`: is this training data right, and what will be learnt of a row?
 
 `check` reports everything wrong at once and what the data holds; its exit status is 1 if there is
-an error. `show` prints a row as the model is given it, with what it learns of it marked.
+an error, and 2 if a file is missing. `show` prints a row as the model is given it, with what it
+learns of it marked.
 """
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gptoss_jax.cli.info import console
+from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import print_json, printable, write
-from gptoss_jax.cli.values import Flag, Folder, Text
+from gptoss_jax.cli.values import Flag, Folder, Group, Text, is_date
+from gptoss_jax.folders import checkpoint_folder
 
 if TYPE_CHECKING:
     from gptoss_jax.harmony import SystemSettings, Tokenizer
@@ -23,31 +27,47 @@ if TYPE_CHECKING:
     from gptoss_jax.training.masks import TokenRow
     from gptoss_jax.training.sources import SourceRow
 
+NOT_FOUND = 2  # as wherever a file is missing
 WARNINGS_SHOWN = 10  # of a kind; errors are shown all
 OPEN, CLOSE = "⟦", "⟧"  # around what is learnt, where there are no colours
 PATHS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
 
 
 @dataclass(kw_only=True)
+class CheckOptions:
+    """For `check`."""
+
+    profile: Literal["harmony", "together", "openai"] = "harmony"
+    """Whose rules: those of `gptoss finetune`, or of a service."""
+    no_tokens: Flag = False
+    """Count no tokens, which takes most of the time."""
+    length: Annotated[int, tyro.conf.arg(metavar="N")] = 2048
+    """Tokens of a packed row."""
+    rows: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """Packed rows of a step."""
+    expand_turns: Flag = False
+    """Count a document for each turn, so that the reasoning of all is learnt."""
+
+
+@dataclass(kw_only=True)
+class ShowOptions:
+    """For `show`."""
+
+    row: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Which row, counted from 1 over all files."""
+
+
+@dataclass(kw_only=True)
 class Data:
-    """Check training data, or show a row with what is learnt of it."""
+    """Check training data, or show a row with what is learnt of it.
+
+    Example: gptoss data check data/train.jsonl
+    """
 
     what: tyro.conf.Positional[Literal["check", "show"]]
     """check: everything wrong at once, and statistics. show: one row as tokens with their mask."""
     paths: tyro.conf.Positional[Annotated[list[str], PATHS]]
     """Files (.jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet), folders, globs or fsspec URLs."""
-    profile: Literal["harmony", "together", "openai"] = "harmony"
-    """check: whose rules, those of `gptoss finetune` or of a service."""
-    no_tokens: Flag = False
-    """check: count no tokens, which takes most of the time."""
-    length: int = 2048
-    """check: tokens of a packed row."""
-    rows: int = 8
-    """check: packed rows of a step."""
-    expand_turns: Flag = False
-    """check: count a document for each turn, so that the reasoning of all is learnt."""
-    row: int = 1
-    """show: which row, counted from 1 over all files."""
     mask: Literal["assistant", "final", "analysis+final", "last-turn"] = "assistant"
     """What of the assistant's messages is learnt."""
     effort: Literal["low", "medium", "high"] = "medium"
@@ -55,39 +75,54 @@ class Data:
     date: Text = None
     """YYYY-MM-DD that the system message says; without it, it says none."""
     checkpoint: Folder = None
-    """Folder of the checkpoint whose vocabulary is meant; without it the published one."""
-    json: Flag = False
-    """Print one JSON object instead of text."""
-    debug: Flag = False
-    """Show a traceback when something fails."""
+    """The checkpoint whose vocabulary is meant; without it the published one."""
+    checking: Group[CheckOptions] = dataclasses.field(default_factory=CheckOptions)
+    showing: Group[ShowOptions] = dataclasses.field(default_factory=ShowOptions)
+    output: Group[Output] = dataclasses.field(default_factory=Output)
 
     def run(self) -> int:
-        if not self.paths:
-            raise ValueError("PATH: expected at least one file or folder, got none; name one")
-        wrong = [name for name in ("length", "rows", "row") if getattr(self, name) < 1]
-        if wrong:
-            raise ValueError(f"--{wrong[0]}: expected at least 1, got {getattr(self, wrong[0])}")
+        problems = list(self.problems())
+        if problems:
+            raise ValueError("; ".join(problems))
         return self.check() if self.what == "check" else self.show()
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the arguments."""
+        if not self.paths:
+            yield "PATH: expected at least one file or folder, got none; name one"
+        numbers = {
+            "length": self.checking.length,
+            "rows": self.checking.rows,
+            "row": self.showing.row,
+        }
+        for name, value in numbers.items():
+            if value < 1:
+                yield f"--{name}: expected at least 1, got {value}"
+        if self.date is not None and not is_date(self.date):
+            yield f"--date: expected YYYY-MM-DD, got {self.date!r}"
 
     def check(self) -> int:
         from gptoss_jax.training.check import check
         from gptoss_jax.training.tally import TokenOptions
 
         tokens = None
-        if not self.no_tokens:
+        options = self.checking
+        if not options.no_tokens:
             tokens = TokenOptions(
                 tokenizer=self.tokenizer(),
                 settings=self.settings(),
                 mask=self.mask,
-                length=self.length,
-                rows=self.rows,
-                expand_turns=self.expand_turns,
+                length=options.length,
+                rows=options.rows,
+                expand_turns=options.expand_turns,
             )
-        report = check(self.paths, profile=self.profile, tokens=tokens)
-        if self.json:
+        report = check(self.paths, profile=options.profile, tokens=tokens)
+        if self.output.json:
             print_json(report.as_json())
         else:
             print_report(report)
+        if any(finding.kind == "found" for finding in report.findings):
+            return NOT_FOUND
         return 0 if report.passed else 1
 
     def show(self) -> int:
@@ -106,7 +141,7 @@ class Data:
         row = tokenize(conversation, tokenizer=tokenizer, settings=settings, mask=self.mask)
         effort = conversation.effort or self.effort
         facts = {"path": source.path, "line": source.line, "mask": self.mask, "effort": effort}
-        if self.json:
+        if self.output.json:
             tokens, weights = row.tokens.tolist(), row.weights.tolist()
             texts = [tokenizer.token_text(token) for token in tokens]
             print_json({**facts, "tokens": tokens, "weights": weights, "texts": texts})
@@ -124,16 +159,18 @@ class Data:
 
         number = 0
         for number, source in enumerate(read_rows(self.paths), start=1):
-            if number == self.row:
+            if number == self.showing.row:
                 return source
-        raise ValueError(f"--row: expected 1 to {number}, got {self.row}; there are no more rows")
+        raise ValueError(
+            f"--row: expected 1 to {number}, got {self.showing.row}; there are no more rows"
+        )
 
     def tokenizer(self) -> "Tokenizer":
         from gptoss_jax.harmony import Tokenizer
 
         if self.checkpoint is None:
             return Tokenizer.published()
-        return Tokenizer.from_folder(self.checkpoint)
+        return Tokenizer.from_folder(checkpoint_folder(self.checkpoint))
 
     def settings(self) -> "SystemSettings":
         from gptoss_jax.harmony import SystemSettings
@@ -179,9 +216,7 @@ def print_statistics(statistics: dict[str, Any]) -> None:
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {count:,}" for key, count in value.items()) or "none"
-        facts.add_row(
-            name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
-        )
+        facts.add_row(name.replace("_", " "), in_words(value))
     console().print("", facts)
     if spreads:
         table = Table("", box=None, pad_edge=False)
@@ -191,6 +226,13 @@ def print_statistics(statistics: dict[str, Any]) -> None:
             table.add_row(name.replace("_", " "), *(f"{count:,}" for count in spread.values()))
         console().print("", table)
     print()
+
+
+def in_words(value: Any) -> str:
+    """A fact as a table has it; a bool is an int, too, but not a number to a reader."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def print_row(row: "TokenRow", tokenizer: "Tokenizer") -> None:

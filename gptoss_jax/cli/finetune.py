@@ -9,14 +9,19 @@ from typing import Annotated
 
 import tyro
 
+from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import print_json, remark
-from gptoss_jax.cli.processes import OfProcesses
-from gptoss_jax.cli.values import Flag
+from gptoss_jax.cli.processes import Processes
+from gptoss_jax.cli.values import Group
 
 MOST_ON_CPU = 8  # devices of a mesh that are made of one CPU
 TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the run
 
-Overrides = Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="[FIELD=VALUE ...]")]
+Overrides = Annotated[
+    list[str],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="[FIELD=VALUE ...]", help_behavior_hint=""),
+]
 
 
 def share_cores(devices: int) -> None:
@@ -32,37 +37,38 @@ def share_cores(devices: int) -> None:
 
 
 @dataclass(kw_only=True)
-class Finetune(OfProcesses):
+class Finetune:
     """Fine-tune a model as a TOML file says; configs/finetune/ has some to begin from.
 
     Adapters or all parameters, checkpoints in the run's folder: the same command goes on with a run
     that was stopped, whose exit status is 75.
+
+    Example: gptoss finetune configs/finetune/tiny-lora.toml optimisation.steps=100
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
     """The run."""
     overrides: Overrides = dataclasses.field(default_factory=list)
     """Fields of it that are to be different, as optimisation.steps=20 or lora.rank=16."""
-    json: Flag = False
-    """Print one JSON object at the end."""
-    debug: Flag = False
-    """Show a traceback when something fails."""
+    output: Group[Output] = dataclasses.field(default_factory=Output)
+    processes: Group[Processes] = dataclasses.field(default_factory=Processes)
 
     def run(self) -> int:
-        self.join()
+        self.processes.begin(self.check)
         from gptoss_jax.finetuning.options import FinetuneRun
         from gptoss_jax.finetuning.run import finetune
         from gptoss_jax.inference.compilation import enable_compilation_cache
         from gptoss_jax.run_file import read_run
 
-        run = self.together(lambda: read_run(FinetuneRun, self.config, self.overrides), "config")
-        self.agree("config", run.as_fields)
-        if not self.several:
+        together = self.processes.together
+        run = together(lambda: read_run(FinetuneRun, self.config, self.overrides), "config")
+        self.processes.agree("config", run.as_fields)
+        if not self.processes.several:
             share_cores(math.prod(run.mesh.values()))
         enable_compilation_cache()
         done = finetune(run, say=remark)
         outcome = done.outcome
-        if self.json:
+        if self.output.json:
             print_json(
                 {
                     "steps": outcome.step,
@@ -76,3 +82,20 @@ class Finetune(OfProcesses):
         if outcome.interrupted:
             return TO_BE_RESUMED
         return 1 if outcome.failed else 0
+
+    def check(self) -> None:
+        """Raise ValueError for what is wrong on the face of it."""
+        problems = []
+        if not os.path.isfile(self.config):
+            problems.append(
+                f"CONFIG.toml: expected a TOML file, got nothing at {self.config!r}; "
+                "configs/finetune/ has some"
+            )
+        problems += [
+            f"{word}: expected FIELD=VALUE without spaces, as optimisation.steps=20; quote it if "
+            "the shell would take it apart"
+            for word in self.overrides
+            if not word.partition("=")[0].strip() or "=" not in word
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))

@@ -4,27 +4,35 @@
 import codecs
 import dataclasses
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from gptoss_jax.cli.options import OfModel
-from gptoss_jax.cli.output import print_json, printable, write
+from gptoss_jax.cli.output import print_json, printable, remark, write
+from gptoss_jax.cli.shown import usage
+from gptoss_jax.cli.stats import Stopwatch, in_words
 from gptoss_jax.cli.values import Flag, Positional
 
 if TYPE_CHECKING:
     from gptoss_jax.harmony import Tokenizer
+    from gptoss_jax.inference.decode import Completion
+    from gptoss_jax.model.transformer import Transformer
 
 TokenIds = Annotated[list[int], tyro.conf.arg(metavar="[ID ...]", help_behavior_hint="")]
 
 
 @dataclass(kw_only=True)
 class Generate(OfModel):
-    """Continue raw text or token ids, without the chat format."""
+    """Continue raw text or token ids, without the chat format.
 
-    text: Positional = ""
+    Example: gptoss generate --checkpoint path/to/gpt-oss-20b "Once upon a time"
+    """
+
+    text: Positional = None
     """The beginning; text comes out."""
     tokens: TokenIds = dataclasses.field(default_factory=list)
     """The beginning as token ids; token ids come out."""
@@ -36,42 +44,94 @@ class Generate(OfModel):
     """Go on past the model's stop tokens."""
 
     def run(self) -> int:
-        if bool(self.text) == bool(self.tokens):
-            got = "both" if self.text else "neither"
-            raise ValueError(f"TEXT: expected TEXT or --tokens, got {got}; give one of them")
-        self.join()
-        sampling = self.together(self.sampling, "arguments")
+        self.begin()
         from gptoss_jax import generation
-        from gptoss_jax.inference.decode import Completion, stream
 
-        tokenizer = self.together(lambda: generation.tokenizer_in(self.folder), "tokenizer")
+        tokenizer = self.together(lambda: generation.tokenizer_in(self.model.folder), "tokenizer")
         prompt = self.together(lambda: self.tokens or self.encode(tokenizer), "prompt")
+        self.model.say_if_bundled(", asked by `gptoss chat`: it knows no other text")
         model = self.load(prompt=prompt)
-        pieces = stream(
+        own = self.together(lambda: self.own_tokenizer(model), "tokenizer")
+        seed = self.sampling.seed
+        seed = generation.new_seed(model) if seed is None else seed
+        watch = Stopwatch() if self.output.stats else None
+        pieces = self.pieces(model, prompt, seed, own)
+        whole, arrived = self.write_out(pieces, tokenizer)
+        stats = watch and watch.stats(len(prompt), arrived)
+        if self.output.json:
+            text = own and own.decode(whole.tokens)
+            found = {"prompt": prompt, "text": text, **dataclasses.asdict(whole), "seed": seed}
+            found |= {"model": self.model.folder, "usage": usage(len(prompt), len(whole.tokens))}
+            print_json(found if stats is None else {**found, "stats": stats})
+        if stats is not None:
+            remark(in_words(stats, seed))
+        return 0
+
+    def together(self, action: Callable[[], Any], what: str) -> Any:
+        return self.processes.together(action, what)
+
+    def problems(self) -> Iterator[str]:
+        if self.text == "":
+            yield "TEXT: expected some text, got an empty one; give the beginning, or --tokens"
+        elif (self.text is None) is not bool(self.tokens):
+            got = "neither" if self.text is None else "both"
+            yield f"TEXT: expected TEXT or --tokens, got {got}; give one of them"
+        if self.max_new_tokens < 1:
+            yield f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}"
+
+    def pieces(
+        self, model: "Transformer", prompt: list[int], seed: int, own: "Tokenizer | None"
+    ) -> Iterator[list["Completion"]]:
+        """What the model makes of it, as it comes."""
+        from gptoss_jax import generation
+        from gptoss_jax.inference.decode import stream
+
+        return stream(
             model,
             [prompt],
             max_new_tokens=self.max_new_tokens,
-            sampling=generation.sampling_for(model, **sampling),
-            stop=() if self.run_on else generation.tokenizer_of(model).stop_ids,
+            sampling=generation.sampling_for(model, **{**self.sampling.given(), "seed": seed}),
+            stop=() if self.run_on or own is None else own.stop_ids,
             tokens_per_dispatch=generation.TOKENS_PER_DISPATCH,
         )
-        show = self.shower(tokenizer)
-        whole = Completion([], [], None)
-        for (piece,) in pieces:
-            show(piece.tokens)
-            whole.tokens += piece.tokens
-            whole.logprobs += piece.logprobs
-            whole.finish_reason = piece.finish_reason
-        if self.json:
-            text = tokenizer.decode(whole.tokens)
-            print_json({"prompt": prompt, "text": text, **dataclasses.asdict(whole)})
-        else:
-            print()
-        return 0
+
+    def own_tokenizer(self, model: "Transformer") -> "Tokenizer | None":
+        """The model's; None if it has none and none is needed."""
+        from gptoss_jax.generation import tokenizer_of
+
+        try:
+            return tokenizer_of(model)
+        except ValueError as error:
+            if self.tokens and self.run_on:
+                return None
+            problem = str(error).partition("; ")[0]
+            raise ValueError(
+                f"{problem}; a model without a tokenizer takes --tokens, and --run-on as nothing "
+                "says where to stop"
+            ) from None
+
+    def write_out(
+        self, pieces: Iterator[list["Completion"]], tokenizer: "Tokenizer"
+    ) -> tuple["Completion", list[tuple[float, int]]]:
+        """Print what comes; returns it all, and when there were how many tokens."""
+        from gptoss_jax.inference.decode import Completion
+
+        show, whole, arrived = self.shower(tokenizer), Completion([], [], None), []
+        try:
+            for (piece,) in pieces:
+                whole.tokens += piece.tokens
+                whole.logprobs += piece.logprobs
+                whole.finish_reason = piece.finish_reason
+                arrived.append((time.perf_counter(), len(whole.tokens)))
+                show(piece.tokens)
+        finally:
+            if not self.output.json and whole.tokens:
+                write("\n")
+        return whole, arrived
 
     def encode(self, tokenizer: "Tokenizer") -> list[int]:
         try:
-            return tokenizer.encode(self.text, specials=self.specials)
+            return tokenizer.encode(self.text or "", specials=self.specials)
         except ValueError as error:
             problem = str(error).partition(";")[0].removeprefix("text: ")
             raise ValueError(
@@ -79,9 +139,9 @@ class Generate(OfModel):
                 "and `gptoss chat` writes the chat format for you"
             ) from None
 
-    def shower(self, tokenizer: "Tokenizer") -> Callable[[list[int]], None]:
+    def shower(self, tokenizer: "Tokenizer") -> Callable[[Sequence[int]], None]:
         """A function that prints new tokens as they come."""
-        if self.json:
+        if self.output.json:
             return lambda new: None
         if self.tokens:
             spaces = itertools.chain([""], itertools.repeat(" "))

@@ -4,12 +4,12 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gptoss_jax
-from gptoss_jax.cli.options import OfCheckpoint
+from gptoss_jax.cli.options import CheckpointOptions, Output
 from gptoss_jax.cli.output import print_json
-from gptoss_jax.cli.values import Flag, Text
+from gptoss_jax.cli.values import Count, Flag, Group, Platform, Text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,41 +17,76 @@ if TYPE_CHECKING:
     from gptoss_jax.weights.describe import Description
 
 QUICK_BYTES = 1 << 30  # what is hashed without being asked: about a second
+CONTEXT = 4096  # tokens of a prompt, where none are named
 
 
 @dataclass(kw_only=True)
-class Info(OfCheckpoint):
-    """Say what a checkpoint is: config, sizes, bytes, layout, fingerprint; and on which device."""
+class DispatchOptions:
+    """With --dispatch: for what."""
+
+    platform: Platform = None
+    """Another platform than the one here."""
+    device_kind: Text = None
+    """The device's own name, as "NVIDIA H200" or "TPU v6 lite"."""
+    batch: Count = None
+    """Rows at a time; without it 1."""
+    context: Count = None
+    """Tokens of the prompt; without it 4,096, or as many as the model takes."""
+
+    def given(self) -> list[str]:
+        """The options that were given."""
+        names = (field.name for field in dataclasses.fields(self))
+        return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
+
+
+@dataclass(kw_only=True)
+class Info:
+    """Say what a checkpoint is: config, sizes, bytes, layout, fingerprint; and on which device.
+
+    Example: gptoss info --checkpoint path/to/gpt-oss-20b
+    """
 
     fingerprint: Flag = False
     """Hash the weights though they are large, a second per GB; up to 1 GiB this is done anyway."""
-
     dispatch: Flag = False
     """Say which kernels would run, and why, instead."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """With --dispatch: for another platform than the one here."""
-    device_kind: Text = None
-    """With --dispatch: the device's own name, as "NVIDIA H200" or "TPU v6 lite"."""
-    batch: int = 1
-    """With --dispatch: rows at a time."""
-    context: int = 4096
-    """With --dispatch: tokens of the prompt."""
+    dispatching: Group[DispatchOptions] = dataclasses.field(default_factory=DispatchOptions)
+    model: Group[CheckpointOptions] = dataclasses.field(default_factory=CheckpointOptions)
+    output: Group[Output] = dataclasses.field(default_factory=Output)
 
     def run(self) -> int:
+        self.check()
         from gptoss_jax.weights.describe import describe
 
-        self.say_if_bundled()
-        found = describe(self.folder)
+        folder = self.model.folder
+        self.model.say_if_bundled()
+        found = describe(folder)
         if self.dispatch:
             return self.print_dispatch(found)
         wanted = self.fingerprint or found.total_bytes < QUICK_BYTES
-        digest = str(gptoss_jax.fingerprint(self.folder)) if wanted else None
-        facts = description_as_json(self.folder, found, digest)
-        if self.json:
+        digest = str(gptoss_jax.fingerprint(folder)) if wanted else None
+        facts = description_as_json(folder, found, digest)
+        if self.output.json:
             print_json(facts)
         else:
             print_description(facts)
         return 0
+
+    def check(self) -> None:
+        """Raise one ValueError with everything that is wrong."""
+        asked = self.dispatching
+        problems = [*self.model.check()]
+        if not self.dispatch and asked.given():
+            names = ", ".join(asked.given())
+            problems.append(f"{names}: expected --dispatch, too, got none; add it")
+        if self.dispatch and self.fingerprint:
+            problems.append("--fingerprint: expected no --dispatch, got both; give one of them")
+        for name in ("batch", "context"):
+            value = getattr(asked, name)
+            if value is not None and value < 1:
+                problems.append(f"--{name}: expected at least 1, got {value}")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def print_dispatch(self, found: "Description") -> int:
         """A row for each op, phase and kind of layer."""
@@ -59,15 +94,15 @@ class Info(OfCheckpoint):
 
         from gptoss_jax.planning import dispatches
 
-        context = min(self.context, found.config.max_context)
+        asked = self.dispatching
         rows = dispatches(
             found.config,
-            batch=self.batch,
-            context=context,
-            platform=self.platform,
-            kind=self.device_kind,
+            batch=asked.batch or 1,
+            context=asked.context or min(CONTEXT, found.config.max_context),
+            platform=asked.platform,
+            kind=asked.device_kind,
         )
-        if self.json:
+        if self.output.json:
             print_json({"dispatch": [row._asdict() for row in rows]})
             return 0
         table = Table(*rows[0]._fields, box=None, pad_edge=False)

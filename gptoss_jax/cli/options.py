@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that subcommands share, as typed dataclasses for tyro.
+"""The options that subcommands share, as typed dataclasses for tyro; each is a group in --help.
 
-What is left out is decided by the checkpoint, not here.
+What is left out is decided by the checkpoint, not here. What can be found wrong without the
+weights, and without jax, is found before either is loaded.
 """
 
 import dataclasses
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gptoss_jax
+from gptoss_jax.cli.errors import in_options
 from gptoss_jax.cli.output import remark
-from gptoss_jax.cli.processes import OfProcesses
-from gptoss_jax.cli.values import Count, Flag, Folder, Number, Text
-from gptoss_jax.folders import BUNDLED_MODEL
+from gptoss_jax.cli.processes import Processes
+from gptoss_jax.cli.values import Count, Experts, Flag, Folder, Group, Number, Text
+from gptoss_jax.folders import checkpoint_folder
 
 if TYPE_CHECKING:
     from gptoss_jax.mesh_file import WrittenMesh
@@ -23,52 +27,144 @@ if TYPE_CHECKING:
     from gptoss_jax.weights.adapters import AdapterFolder
     from gptoss_jax.weights.checkpoint import Checkpoint
 
-OWN = (
-    "checkpoint",
-    "adapter",
-    "json",
-    "debug",
-    "mesh",
-    "show_analysis",
-)  # may differ between processes
+# What may differ between processes; the mesh is compared by what it says.
+OWN = {"checkpoint", "adapter", "json", "debug", "stats", "mesh", "show_analysis", "tools"}
+LARGEST = 1e30
+# In words, and the least and the most.
+RANGES = {
+    "temperature": ("a number from 0 to 1e30", 0.0, LARGEST),
+    "top_k": ("a whole number from 0", 0, math.inf),
+    "top_p": ("a number above 0, to 1", math.nextafter(0.0, 1.0), 1.0),
+    "min_p": ("a number from 0 to 1", 0.0, 1.0),
+    "repetition_penalty": ("a number from 1e-30 to 1e30", 1 / LARGEST, LARGEST),
+    "presence_penalty": ("a number from -1e30 to 1e30", -LARGEST, LARGEST),
+    "frequency_penalty": ("a number from -1e30 to 1e30", -LARGEST, LARGEST),
+    "seed": ("a whole number from 0, below 2^32", 0, 2**32 - 1),
+}
 
 
 @dataclass(kw_only=True)
-class OfCheckpoint:
-    """What every subcommand is told."""
+class Output:
+    """What is printed, and how."""
 
-    checkpoint: Folder = None
-    """Folder of a gpt-oss checkpoint, any layout; without it the bundled tiny model."""
     json: Flag = False
-    """Print one JSON object instead of text."""
+    """Print one JSON object instead of text, also when something fails: {"error": ...}."""
     debug: Flag = False
     """Show a traceback when something fails."""
 
-    @property
-    def folder(self) -> str:
-        if self.checkpoint is None:
-            return str(BUNDLED_MODEL)
-        return os.path.abspath(self.checkpoint)
 
-    def say_if_bundled(self) -> None:
-        if self.checkpoint is None:
-            remark("the bundled tiny model, which only adds numbers; --checkpoint takes another")
+@dataclass(kw_only=True)
+class OutputOfModel(Output):
+    """What is printed, and how."""
+
+    stats: Flag = False
+    """Afterwards, how fast it was and how much memory it took."""
 
 
 @dataclass(kw_only=True)
-class OfModel(OfProcesses, OfCheckpoint):
-    """How the model is held and how it samples; what is left out the checkpoint decides."""
+class CheckpointOptions:
+    """Which weights."""
 
-    experts: Literal["packed", "bf16"] = "packed"
-    """Keep the published MXFP4 bytes of the experts, or unpack them."""
-    mesh: Text = None
-    """How devices share the model: axes and sizes as expert=4,tensor=2, or a TOML file of them."""
-    dtype: Text = None
-    """bfloat16 or float32, of all that is not packed; without it what suits the device."""
+    checkpoint: Folder = None
+    """Its folder, or its name in the Hugging Face cache; without it the bundled tiny model."""
+
+    @property
+    def folder(self) -> str:
+        return os.path.abspath(checkpoint_folder(self.checkpoint))
+
+    def check(self) -> Iterator[str]:
+        """What is wrong, as far as no weights are needed to know it."""
+        try:
+            checkpoint_folder(self.checkpoint)
+        except ValueError as error:
+            yield in_options(str(error))
+
+    def say_if_bundled(self, how: str = "") -> None:
+        if self.checkpoint is None:
+            remark(
+                f"the bundled tiny model, which only adds numbers{how}; --checkpoint takes another"
+            )
+
+
+@dataclass(kw_only=True)
+class ModelOptions(CheckpointOptions):
+    """Which weights, and how they are held."""
+
     adapter: Folder = None
     """Folder of adapters that fine-tuning has written."""
     any_base: Flag = False
     """Take --adapter even if it was trained on other weights than these."""
+    experts: Experts = None
+    """Keep the experts' MXFP4 bytes, or unpack them; without it as the checkpoint has them."""
+    dtype: Text = None
+    """bfloat16 or float32, of all that is not packed; without it what suits the device."""
+    mesh: Text = None
+    """How devices share the model: axes and sizes as expert=4,tensor=2, or a TOML file of them."""
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.dtype not in (None, "bfloat16", "float32"):
+            yield f"--dtype: expected bfloat16 or float32, got {self.dtype}"
+        if self.adapter is not None and not os.path.isdir(self.adapter):
+            yield (
+                f"--adapter: expected a folder that fine-tuning has written, got {self.adapter!r}, "
+                "which is none; check the path"
+            )
+        try:
+            self.written_mesh()
+        except ValueError as error:
+            yield in_options(str(error))
+
+    def written_mesh(self) -> "WrittenMesh | None":
+        from gptoss_jax.mesh_file import read_mesh
+
+        return None if self.mesh is None else read_mesh(self.mesh)
+
+    def place(self, written: "WrittenMesh | None") -> "Placement | None":
+        """The devices, and that the model's sizes divide by them."""
+        if written is None:
+            return None
+        found = self.opened()
+        packed = found.packed if self.experts is None else self.experts == "packed"
+        return written.placement(found.config, packed=packed)
+
+    def opened(self) -> "Checkpoint":
+        from gptoss_jax.weights.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.folder)
+
+    def opened_adapter(self) -> "AdapterFolder":
+        from gptoss_jax.weights.adapters import open_adapter
+
+        assert self.adapter is not None
+        return open_adapter(self.adapter)
+
+    def headers(self) -> dict[str, object]:
+        """What the checkpoint holds, short of the values."""
+        found = self.opened()
+        defaults = Path(self.folder, "generation_config.json")
+        facts: dict[str, object] = dataclasses.asdict(found.config)
+        tensors = {key: f"{t.dtype} {list(t.shape)}" for key, t in found.tensors.items()}
+        said = defaults.read_text(encoding="utf-8") if defaults.is_file() else ""
+        facts |= {"generation_config.json": " ".join(said.split())} | tensors
+        return facts if self.adapter is None else facts | self.opened_adapter().headers()
+
+    def load(self, where: "Placement | None") -> "Transformer":
+        experts = {} if self.experts is None else {"experts": self.experts}
+        return gptoss_jax.load(
+            self.folder,
+            dtype=self.dtype,
+            mesh=where,
+            adapter=self.adapter,
+            any_base=self.any_base,
+            **experts,
+        )
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How tokens are picked; what is left out is as the checkpoint says, then as OpenAI advises."""
+
     temperature: Number = None
     """0 takes the likeliest token."""
     top_k: Count = None
@@ -83,18 +179,43 @@ class OfModel(OfProcesses, OfCheckpoint):
     """Subtracted once for a token generated before."""
     frequency_penalty: Number = None
     """Subtracted each time a token was generated before."""
-    seed: int = 0
-    """The same seed gives the same tokens."""
+    seed: Count = None
+    """The same seed gives the same tokens; without it one is drawn, and --stats tells it."""
 
-    def sampling(self) -> dict[str, Any]:
-        """The arguments that were given, found to be in range before anything long begins."""
-        from gptoss_jax.inference.sampling import Sampling
+    def given(self) -> dict[str, Any]:
+        """What was asked for."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
-        names = [field.name for field in dataclasses.fields(Sampling)]
-        given = {name: getattr(self, name, None) for name in names}
-        given = {name: value for name, value in given.items() if value is not None}
-        Sampling(**given)
-        return given
+    def check(self) -> Iterator[str]:
+        """What is out of range."""
+        for name, value in self.given().items():
+            expected, least, most = RANGES[name]
+            if not (least <= value <= most and (name != "top_k" or value < math.inf)):
+                yield f"--{name.replace('_', '-')}: expected {expected}, got {value}"
+
+
+@dataclass(kw_only=True)
+class OfModel:
+    """What `chat` and `generate` share."""
+
+    model: Group[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    sampling: Group[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
+    output: Group[OutputOfModel] = dataclasses.field(default_factory=OutputOfModel)
+    processes: Group[Processes] = dataclasses.field(default_factory=Processes)
+
+    def begin(self) -> None:
+        """Check all that can be checked without the weights, and meet the other processes."""
+        self.processes.begin(self.check)
+
+    def check(self) -> None:
+        """Raise one ValueError with everything that is wrong."""
+        problems = [*self.problems(), *self.sampling.check(), *self.model.check()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the subcommand's own arguments."""
+        raise NotImplementedError
 
     def load(self, **decided: object) -> "Transformer":
         """The model, on the devices that share it.
@@ -102,29 +223,17 @@ class OfModel(OfProcesses, OfCheckpoint):
         Processes first compare all that decides their program: the options, what else the command
         has `decided`, and the checkpoint's headers.
         """
-        self.say_if_bundled()
-        written = self.together(self.written_mesh, "mesh")
-        self.agree("arguments", lambda: self.arguments(written) | decided)
-        where = self.together(lambda: self.place(written), "mesh")
-        self.agree("checkpoint", self.headers)
-        return self.together(
-            lambda: gptoss_jax.load(
-                self.folder,
-                experts=self.experts,
-                dtype=self.dtype,
-                mesh=where,
-                adapter=self.adapter,
-                any_base=self.any_base,
-            ),
-            "checkpoint",
-        )
+        together, agree = self.processes.together, self.processes.agree
+        written = together(self.mesh_of_all, "mesh")
+        agree("arguments", lambda: self.arguments(written) | decided)
+        where = together(lambda: self.model.place(written), "mesh")
+        agree("checkpoint", self.model.headers)
+        return together(lambda: self.model.load(where), "checkpoint")
 
-    def written_mesh(self) -> "WrittenMesh | None":
-        if self.mesh is not None:
-            from gptoss_jax.mesh_file import read_mesh
-
-            return read_mesh(self.mesh)
-        if self.several:
+    def mesh_of_all(self) -> "WrittenMesh | None":
+        """How devices share the model; several processes have to say it."""
+        written = self.model.written_mesh()
+        if written is None and self.processes.several:
             import jax
 
             raise ValueError(
@@ -132,41 +241,24 @@ class OfModel(OfProcesses, OfCheckpoint):
                 f"{jax.process_count()} processes share the model, got nothing; give for example "
                 f"--mesh expert={jax.device_count()}"
             )
-        return None
-
-    def place(self, written: "WrittenMesh | None") -> "Placement | None":
-        """The devices, and that the model's sizes divide by them."""
-        if written is None:
-            return None
-        return written.placement(self.opened().config, packed=self.experts == "packed")
-
-    def opened(self) -> "Checkpoint":
-        from gptoss_jax.weights.checkpoint import open_checkpoint
-
-        return open_checkpoint(self.folder)
-
-    def opened_adapter(self) -> "AdapterFolder":
-        from gptoss_jax.weights.adapters import open_adapter
-
-        assert self.adapter is not None
-        return open_adapter(self.adapter)
+        return written
 
     def arguments(self, written: "WrittenMesh | None") -> dict[str, object]:
         """What was asked for, other than where this process finds things."""
         import jax
 
-        own = {*OWN, *(field.name for field in dataclasses.fields(OfProcesses))}
-        names = (field.name for field in dataclasses.fields(self) if field.name not in own)
-        facts: dict[str, object] = {name: repr(getattr(self, name)) for name in names}
+        own = OWN | {field.name for field in dataclasses.fields(Processes)}
+        given = ((name, value) for name, value in leaves(self) if name not in own)
+        facts: dict[str, object] = {name: repr(value) for name, value in given}
         facts |= {"gptoss_jax": gptoss_jax.__version__, "jax": jax.__version__}
         return facts | {"command": type(self).__name__.lower(), "mesh": written}
 
-    def headers(self) -> dict[str, object]:
-        """What the checkpoint holds, short of the values."""
-        found = self.opened()
-        defaults = Path(self.folder, "generation_config.json")
-        facts: dict[str, object] = dataclasses.asdict(found.config)
-        tensors = {key: f"{t.dtype} {list(t.shape)}" for key, t in found.tensors.items()}
-        said = defaults.read_text(encoding="utf-8") if defaults.is_file() else ""
-        facts |= {"generation_config.json": " ".join(said.split())} | tensors
-        return facts if self.adapter is None else facts | self.opened_adapter().headers()
+
+def leaves(options: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of all options, those of the groups among them."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value)
+        else:
+            yield field.name, value

@@ -3,6 +3,7 @@
 
 import io
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -17,8 +18,16 @@ def write(text: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One line of JSON on stdout."""
-    print(json.dumps(value), flush=True)
+    """One line of JSON on stdout; JSON has no NaN and no infinity, so they become null."""
+    print(json.dumps(_finite(value), allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remark(text: str) -> None:
@@ -55,3 +64,8 @@ def keep_stdout() -> None:
 def printable(text: str) -> str:
     """On a terminal, text without the control characters that could do something to it."""
     return text.translate(CONTROLS) if sys.stdout.isatty() else text
+
+
+def styled() -> bool:
+    """Whether stdout shows styles."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -21,17 +21,17 @@ Seconds = Annotated[float, tyro.conf.arg(metavar="SECONDS")]
 
 
 @dataclass(kw_only=True)
-class OfProcesses:
-    """Where the other processes are, if this is one of several."""
+class Processes:
+    """For one of several processes, each given the same command."""
 
     distributed: Flag = False
-    """One of several processes, which Slurm, Open MPI, Kubernetes or a TPU pod has started."""
+    """Slurm, Open MPI, Kubernetes or a TPU pod has started the processes and knows them."""
     coordinator: Text = None
-    """host:port of process 0, where nothing of that kind has; and the next two."""
+    """Where nothing has: host:port of process 0. Needs --num-processes and --process-id, too."""
     num_processes: Count = None
-    """How many processes there are."""
+    """With --coordinator: how many processes there are."""
     process_id: Count = None
-    """Which one this is, from 0."""
+    """With --coordinator: which one this is, from 0."""
     connect_timeout: Seconds = 60.0
     """How long to wait for the others."""
 
@@ -40,6 +40,18 @@ class OfProcesses:
         """Whether there are other processes."""
         by_hand = (self.coordinator, self.num_processes, self.process_id)
         return self.distributed or by_hand != (None, None, None)
+
+    def begin(self, check: Callable[[], None]) -> None:
+        """Check the arguments and meet the other processes, before jax is asked for devices.
+
+        A process that is alone checks before jax is imported, which takes seconds; several meet
+        first, so that a mistake of one ends all of them.
+        """
+        if not self.several:
+            check()
+            return
+        self.join()
+        self.together(check, "arguments")
 
     def join(self) -> None:
         """Meet the other processes; to be called before anything asks jax for devices."""

@@ -1,18 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of options, as tyro shows them.
+"""The types of options, as tyro shows them, and what their texts have to be.
 
 An empty hint stands where tyro would write "(default: None)".
 """
 
-from typing import Annotated
+import datetime
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+T = TypeVar("T")
+
+
+def _shown(metavar: str) -> object:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
-Folder = Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
-Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
-Positional = Annotated[
-    str, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT]", help_behavior_hint="")
-]
+Folder = Annotated[str | None, _shown("FOLDER")]
+File = Annotated[str | None, _shown("FILE")]
+Text = Annotated[str | None, _shown("TEXT")]
+Count = Annotated[int | None, _shown("N")]
+Number = Annotated[float | None, _shown("X")]
+Positional = Annotated[str | None, tyro.conf.Positional, _shown("[TEXT]")]
+Experts = Annotated[Literal["packed", "bf16"] | None, tyro.conf.arg(help_behavior_hint="")]
+Platform = Annotated[Literal["cpu", "gpu", "tpu"] | None, tyro.conf.arg(help_behavior_hint="")]
+Group = Annotated[T, tyro.conf.OmitArgPrefixes]  # its options stand together in --help
+
+
+def is_date(text: str | None) -> bool:
+    """Whether a text is YYYY-MM-DD, and a day that there is."""
+    try:
+        return datetime.date.fromisoformat(text or "").isoformat() == text
+    except ValueError:
+        return False
