@@ -37,7 +37,7 @@ Builtins = Annotated[
 
 @dataclass(kw_only=True)
 class Chat(OfModel):
-    """Ask the model one thing, or talk to it: without TEXT every line of the input is a turn.
+    """Ask the model one thing, or talk to it: without TEXT each line of the input is a turn.
 
     Example: gptoss chat --reasoning-effort low "What is 17+26?"
     """
@@ -62,6 +62,11 @@ class Chat(OfModel):
     """Print the reasoning too; without it on a terminal only, where it is dimmed."""
 
     def run(self) -> int:
+        if self.processes.several and self.text is None:
+            raise ValueError(
+                "TEXT: expected a question, which all processes are given, got none; a "
+                "conversation needs a single process"
+            )
         self.begin()
         harmony_ready = in_background(open_harmony)
         from gptoss_jax.conversation import Conversation
@@ -88,11 +93,6 @@ class Chat(OfModel):
         return Dialogue(talk, turns.answer_or_stop, turns.tell_speed).run()
 
     def problems(self) -> Iterator[str]:
-        if self.processes.several and self.text is None:
-            yield (
-                "TEXT: expected a question, which all processes are given, got none; a "
-                "conversation needs a single process"
-            )
         if self.text is not None and not self.text.strip():
             yield "TEXT: expected a question, got an empty one; leave it out for a conversation"
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

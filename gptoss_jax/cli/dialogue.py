@@ -86,6 +86,9 @@ class Dialogue:
             if not self.terminal:
                 raise
             remark(in_options(str(error)))
+        except KeyboardInterrupt:  # as the answer ended, or twice: there is nothing left to stop
+            if not self.terminal:
+                raise
 
     def command(self, name: str, words: list[str]) -> None:
         if name == "/reset":

@@ -26,7 +26,6 @@ ARGUMENTS = {
     "messages": "TEXT",
     "context": "--context",
     "batch": "--batch",
-    "current_date": "--date",
     "coordinator": "--coordinator",
     "num_processes": "--num-processes",
     "process_id": "--process-id",
@@ -36,6 +35,9 @@ ARGUMENTS = {
 # Python's advice, by regular expression -> the same on the command line.
 ADVICE = (
     (r"\b(experts|dtype)=['\"](\w+)['\"]", r"--\1 \2"),
+    (r"\bgive coordinator\b", "give --coordinator"),
+    (r"(?<![-\w])num_processes\b", "--num-processes"),
+    (r"(?<![-\w])process_id\b", "--process-id"),
     (r"\b(allow )?any[_ ]base(=True)?\b", "--any-base"),
     (r",? or None for what fits", ", or leave it out for what fits"),
     (r",? or within gptoss_jax\.use_kernels\('xla'\)", ""),
@@ -43,8 +45,6 @@ ADVICE = (
         r"pass tokenizer= to chat, and stop= to generate",
         "`gptoss generate --run-on --tokens` needs none",
     ),
-    (r"\bYYYY-MM-DD or None\b", "YYYY-MM-DD or today"),
-    (r"; date\.isoformat\(\) writes it so", ""),
 )
 
 
@@ -62,8 +62,8 @@ def in_options(text: str) -> str:
 def fail(error: Exception, *, debug: bool, as_json: bool) -> int:
     """Say what went wrong, once for people and with --json once for programs; the exit status."""
     status = status_of(error)
-    text = in_options(str(error)) if status == 2 else f"{type(error).__name__}: {error}"
-    text = in_options(text)
+    said = in_options(str(error))
+    text = said if status == 2 else f"{type(error).__name__}: {said}"
     if debug:
         traceback.print_exception(error)
     elif status == 2 or is_known(error):
@@ -71,7 +71,7 @@ def fail(error: Exception, *, debug: bool, as_json: bool) -> int:
     else:
         complain(f"{text}; --debug shows where")
     if as_json:
-        print_error(type(error).__name__, in_options(str(error)))
+        print_error(type(error).__name__, said)
     return status
 
 

@@ -41,7 +41,7 @@ class DispatchOptions:
 
 @dataclass(kw_only=True)
 class Info:
-    """Say what a checkpoint is: config, sizes, bytes, layout, fingerprint; and on which device.
+    """Say what a checkpoint is (config, sizes, bytes, fingerprint), and on which device.
 
     Example: gptoss info --checkpoint path/to/gpt-oss-20b
     """

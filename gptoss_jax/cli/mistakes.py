@@ -9,13 +9,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import tyro
 
-KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a value"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def _wrong_values(name: str, option: Option, values: list[str]) -> Iterator[str]
         yield f"{name}: expected {option.expected}, got nothing"
     for value in values:
         if not option.takes(value):
-            hint = "; what comes behind it is taken for its own: put -- between" * option.many
+            hint = near(value, option.choices)
+            if option.many and not hint:
+                hint = "; all that follows is taken for its own, so put the rest in front, or --"
             yield f"{name}: expected {option.expected}, got {value!r}{hint}"
             return
 
@@ -150,8 +152,8 @@ def _wrong_positionals(prog: str, options: list[Option], words: list[str]) -> It
             yield f"{name}: expected {option.expected}, got nothing"
         for value in values:
             if not option.takes(value):
-                yield f"{name}: expected {option.expected}, got {value!r}"
-                yield from ()
+                hint = near(value, option.choices)
+                yield f"{name}: expected {option.expected}, got {value!r}{hint}"
     if words and options and options[-1].kind is str and not options[-1].choices:
         all_words = f"{values[0]} {' '.join(words)}"
         yield (
@@ -162,7 +164,7 @@ def _wrong_positionals(prog: str, options: list[Option], words: list[str]) -> It
         yield f"expected nothing more, got {' '.join(words)!r}"
 
 
-def near(name: str, known: typing.Iterable[str]) -> str:
+def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` where something is like the name."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""

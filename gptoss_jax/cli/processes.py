@@ -50,8 +50,24 @@ class Processes:
         if not self.several:
             check()
             return
+        self.check()
         self.join()
         self.together(check, "arguments")
+
+    def check(self) -> None:
+        """Raise ValueError unless all is said of the other processes, or nothing."""
+        given = {
+            "--coordinator": self.coordinator,
+            "--num-processes": self.num_processes,
+            "--process-id": self.process_id,
+        }
+        has = [name for name, value in given.items() if value is not None]
+        lacks = [name for name in given if name not in has]
+        if has and lacks:
+            raise ValueError(
+                f"{', '.join(lacks)}: expected beside {' and '.join(has)}, got none; give all "
+                "three, or --distributed alone where jax finds the processes"
+            )
 
     def join(self) -> None:
         """Meet the other processes; to be called before anything asks jax for devices."""
