@@ -296,7 +296,7 @@ def test_a_mesh_that_does_not_divide_ends_processes_that_slurm_started():
     assert [(one.status, one.out) for one in ended] == [(2, ""), (2, "")], shown(ended)
     complaints = [one.remarks[-1] for one in ended]
     assert complaints[0] == complaints[1]
-    assert complaints[0].startswith("gptoss: mesh: tensor 8: "), shown(ended)
+    assert complaints[0].startswith("gptoss: --mesh: tensor 8: "), shown(ended)
     assert "do not divide by" in complaints[0]
 
 
@@ -305,7 +305,7 @@ def test_a_mesh_that_does_not_divide_ends_processes_that_slurm_started():
     ("first", "second", "complaint"),
     [
         (["--mesh", "expert=16"], ["--mesh", "expert=16"],
-         "mesh: expected at most 8 devices, as many as there are, got expert 16 = 16"),
+         "--mesh: expected at most 8 devices, as many as there are, got expert 16 = 16"),
         (["--mesh", "expert=8"], ["--mesh", "expert=4,data=2"],
          "arguments: expected the same on every process, got mesh: WrittenMesh(sizes={'expert'"),
         ([], [], "--mesh: expected how the 8 devices of the 2 processes share the model"),
@@ -347,7 +347,7 @@ def test_a_process_alone_says_whom_it_missed():
     assert [(one.status, one.out) for one in ended] == [(2, ""), (2, "")], shown(ended)
     assert "gptoss: processes: expected 2 to come within 1 s, got 1, without 1; " in ended[0].err
     address = second[second.index("--coordinator") + 1]
-    assert f"gptoss: coordinator: expected process 0 at {address} within 1 s" in ended[1].err
+    assert f"gptoss: --coordinator: expected process 0 at {address} within 1 s" in ended[1].err
 
 
 @pytest.mark.mesh

@@ -86,11 +86,12 @@ class Generate(OfModel):
         from gptoss_jax import generation
         from gptoss_jax.inference.decode import stream
 
+        asked: dict[str, Any] = {**self.sampling.given(), "seed": seed}
         return stream(
             model,
             [prompt],
             max_new_tokens=self.max_new_tokens,
-            sampling=generation.sampling_for(model, **{**self.sampling.given(), "seed": seed}),
+            sampling=generation.sampling_for(model, **asked),
             stop=() if self.run_on or own is None else own.stop_ids,
             tokens_per_dispatch=generation.TOKENS_PER_DISPATCH,
         )

@@ -150,7 +150,7 @@ class ModelOptions(CheckpointOptions):
         return facts if self.adapter is None else facts | self.opened_adapter().headers()
 
     def load(self, where: "Placement | None") -> "Transformer":
-        experts = {} if self.experts is None else {"experts": self.experts}
+        experts: dict[str, Any] = {} if self.experts is None else {"experts": self.experts}
         return gptoss_jax.load(
             self.folder,
             dtype=self.dtype,

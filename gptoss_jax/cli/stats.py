@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a reply came and how much memory it took, for --stats.
 
-Compiling is part of the time to the first token and of the tokens that follow; how long it took is
-said beside them. Memory is the device's where it counts that, else the whole process's.
+Compiling, or fetching compiled programs from the cache, is part of these times; how long it took
+is said beside them. Memory is the device's where it counts that, else the whole process's.
 """
 
 import sys
@@ -32,9 +32,9 @@ class Stopwatch:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         self.began = time.perf_counter()
 
-    def _listen(self, event: str, duration: float, **more: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **more: Any) -> None:
         if event in COMPILING:
-            self.compiled += duration
+            self.compiled += duration_secs
 
     def restart(self) -> None:
         """Before another prompt."""
@@ -87,7 +87,7 @@ def in_words(stats: dict[str, Any], seed: int) -> str:
         first is not None and f"{first:.2f} s to the first",
         rate is not None and f"{rate:.1f} tokens/s after it",
         stats["seconds_compiling"] > 0
-        and f"{stats['seconds_compiling']:.2f} s of this went into compiling",
+        and f"{stats['seconds_compiling']:.2f} s of all this to compile programs or fetch them",
         memory and f"at most {memory / 1e9:.2f} GB {whose[stats['peak_memory_of']]}",
         f"seed {seed}",
     ]

@@ -2,12 +2,18 @@
 """`gptoss chat`: what it prints of a reply where, and with which exit status."""
 
 import json
+import types
 from pathlib import Path
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 
+import gptoss_jax as gj
 from gptoss_jax import conversation, folders
-from gptoss_jax.cli.stats import speed
+from gptoss_jax.cli.options import ModelOptions
+from gptoss_jax.cli.stats import Stopwatch, in_words, speed
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.inference.decode import Completion
 
@@ -163,6 +169,54 @@ def test_stats_come_after_the_reply(gptoss, folder, recited):
     assert f"gptoss: {len(reply['prompt'])} tokens of prompt, {new} new, " in err
     assert "resident in the process" in err and " s to the first" in err
     assert quiet.startswith("gptoss: ")
+
+
+def test_memory_is_the_device_s_where_it_counts_it(monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3_210_000_000})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    stats = Stopwatch().stats(7, [])
+
+    assert (stats["peak_memory_bytes"], stats["peak_memory_of"]) == (3_210_000_000, "device")
+    said = in_words(stats, 5)
+    assert said == "7 tokens of prompt, 0 new, at most 3.21 GB of the device, seed 5"
+
+
+def test_compiling_is_told_apart():
+    watch = Stopwatch()
+    jax.jit(lambda x: x * 5 - 2)(np.arange(11))
+
+    stats = watch.stats(1, [(watch.began + 1.5, 1)])
+
+    assert stats["seconds_to_first_token"] == 1.5
+    assert 0 < stats["seconds_compiling"] < 60
+    assert f"{stats['seconds_compiling']:.2f} s of all this to compile" in in_words(stats, 0)
+    watch.restart()
+    assert watch.stats(1, [])["seconds_compiling"] == 0
+
+
+def test_experts_are_left_to_the_checkpoint(gptoss, folder, recited, monkeypatch):
+    given, load = [], gj.load
+    monkeypatch.setattr(gj, "load", lambda *args, **how: given.append(how) or load(*args, **how))
+    recited[0].extend([ANSWER, ANSWER])
+
+    for more in ((), ("--experts", "bf16")):
+        gptoss("chat", "--checkpoint", folder, *more, "Hi")
+
+    assert [how.get("experts") for how in given] == [None, "bf16"]
+
+
+@pytest.mark.parametrize("experts", ["packed", "bf16"])
+def test_a_mesh_divides_experts_as_the_checkpoint_has_them(folder, tmp_path, experts):
+    gj.export(gj.load(folder, experts="bf16"), tmp_path, experts="bf16")
+    checkpoint = {"packed": folder, "bf16": str(tmp_path)}[experts]
+    written = mock.Mock()
+
+    ModelOptions(checkpoint=checkpoint).place(written)
+    ModelOptions(checkpoint=checkpoint, experts="packed").place(written)
+
+    packed = [call.kwargs["packed"] for call in written.placement.call_args_list]
+    assert packed == [experts == "packed", True]
 
 
 def test_a_speed_is_that_of_the_tokens_after_the_first():

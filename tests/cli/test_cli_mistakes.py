@@ -201,6 +201,18 @@ def test_what_fails_inside_is_json_too(gptoss, monkeypatch):
     assert err == "gptoss: ZeroDivisionError: x; --debug shows where\n"
 
 
+def test_an_interrupt_is_json_too(gptoss, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Chat, "run", stop)
+
+    status, out, err = gptoss("chat", "--json", "Hi")
+
+    assert (status, err) == (130, "")
+    assert json.loads(out)["error"]["type"] == "KeyboardInterrupt"
+
+
 def test_a_library_s_value_error_is_no_mistake_of_the_user(gptoss, monkeypatch):
     monkeypatch.setattr(cli.Chat, "run", lambda self: jax.numpy.zeros((2, 3)).reshape(7))
 
