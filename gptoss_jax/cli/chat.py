@@ -68,6 +68,14 @@ class Chat(OfModel):
                 "conversation needs a single process"
             )
         self.begin()
+        talk = self.conversation()
+        turns = Turns(self, talk)
+        if self.text is not None:
+            return 0 if has_result(turns.answer(self.text)) else 1
+        return Dialogue(talk, turns.answer_or_stop, turns.tell_speed).run()
+
+    def conversation(self) -> "Conversation":
+        """With the model loaded and nothing said."""
         harmony_ready = in_background(open_harmony)
         from gptoss_jax.conversation import Conversation
 
@@ -77,7 +85,7 @@ class Chat(OfModel):
         model = self.load(date=date, tools=tools)
         harmony_ready()
         builtins = {"builtin_tools": self.builtin_tools} if self.builtin_tools else {}
-        talk = Conversation(
+        return Conversation(
             model,
             reasoning_effort=self.reasoning_effort,
             instructions=self.developer,
@@ -87,10 +95,6 @@ class Chat(OfModel):
             **builtins,
             **self.sampling.given(),
         )
-        turns = Turns(self, talk)
-        if self.text is not None:
-            return 0 if has_result(turns.answer(self.text)) else 1
-        return Dialogue(talk, turns.answer_or_stop, turns.tell_speed).run()
 
     def problems(self) -> Iterator[str]:
         if self.text is not None and not self.text.strip():

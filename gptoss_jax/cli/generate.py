@@ -45,23 +45,22 @@ class Generate(OfModel):
 
     def run(self) -> int:
         self.begin()
-        from gptoss_jax import generation
+        from gptoss_jax.generation import new_seed, tokenizer_in
 
-        tokenizer = self.together(lambda: generation.tokenizer_in(self.model.folder), "tokenizer")
+        tokenizer = self.together(lambda: tokenizer_in(self.model.folder), "tokenizer")
         prompt = self.together(lambda: self.tokens or self.encode(tokenizer), "prompt")
         self.model.say_if_bundled(", asked by `gptoss chat`: it knows no other text")
         model = self.load(prompt=prompt)
         own = self.together(lambda: self.own_tokenizer(model), "tokenizer")
-        seed = self.sampling.seed
-        seed = generation.new_seed(model) if seed is None else seed
+        seed = new_seed(model) if self.sampling.seed is None else self.sampling.seed
         watch = Stopwatch() if self.output.stats else None
         pieces = self.pieces(model, prompt, seed, own)
         whole, arrived = self.write_out(pieces, tokenizer)
         stats = watch and watch.stats(len(prompt), arrived)
         if self.output.json:
-            text = own and own.decode(whole.tokens)
-            found = {"prompt": prompt, "text": text, **dataclasses.asdict(whole), "seed": seed}
-            found |= {"model": self.model.folder, "usage": usage(len(prompt), len(whole.tokens))}
+            found = {"prompt": prompt, "text": own and own.decode(whole.tokens)}
+            found |= dataclasses.asdict(whole) | {"seed": seed, "model": self.model.folder}
+            found["usage"] = usage(len(prompt), len(whole.tokens))
             print_json(found if stats is None else {**found, "stats": stats})
         if stats is not None:
             remark(in_words(stats, seed))

@@ -7,6 +7,7 @@ Only asked once the arguments are known to be wrong: it need not find what it do
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
+OPTION = re.compile(r"--|-[A-Za-z]$")  # how one begins; -5+3 is text
 KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a value"}
 
 
@@ -28,6 +30,7 @@ class Option:
     many: bool
     positional: bool
     required: bool
+    paired: bool = False  # a flag with a --no- beside it
 
     @property
     def expected(self) -> str:
@@ -79,7 +82,8 @@ def _option(field: dataclasses.Field, kind: Any, marks: tuple[Any, ...]) -> Opti
         more = [name for mark in marks for name in getattr(mark, "aliases", None) or ()]
         names = ("--" + field.name.replace("_", "-"), *more)
     required = field.default is field.default_factory is dataclasses.MISSING
-    return Option(names, str if choices else kind, choices, many, positional, required)
+    paired = kind is bool and tyro.conf.FlagCreatePairsOff not in marks
+    return Option(names, str if choices else kind, choices, many, positional, required, paired)
 
 
 def _peeled(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -97,26 +101,35 @@ def _peeled(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _problems(prog: str, options: list[Option], words: list[str]) -> Iterator[str]:
     known = {name: option for option in options if not option.positional for name in option.names}
-    known |= {"--no-" + name[2:]: option for name, option in known.items() if option.kind is bool}
+    known |= {"--no-" + name[2:]: option for name, option in known.items() if option.paired}
     plain, all_known = [], True
     while words:
         word = words.pop(0)
         if word == "--":
             plain += words
             break
-        if not word.startswith("--"):
+        if not OPTION.match(word):
             plain.append(word)
             continue
         name, equals, value = word.partition("=")
         option = known.get(name.replace("_", "-"))
         if option is None:
             all_known = False
-            yield f"{name}: expected an option, got none of that name{near(name, known)}"
+            hint = near(name, known) or _fields_of(options)
+            yield f"{name}: expected an option, got none of that name{hint}"
+        elif option.kind is bool and equals:
+            yield f"{name}: expected no value, got {value!r}"
         elif option.kind is not bool:
             values = [value] if equals else _taken(option, words)
             yield from _wrong_values(name, option, values)
     if all_known:  # a value of an unknown option looks like a positional argument
         yield from _wrong_positionals(prog, [one for one in options if one.positional], plain)
+
+
+def _fields_of(options: list[Option]) -> str:
+    """A hint, where the command takes fields that look like options to many."""
+    takes = any("FIELD=VALUE" in option.names[0] for option in options)
+    return "; fields are given without --, as optimisation.steps=20" * takes
 
 
 def _taken(option: Option, words: list[str]) -> list[str]:
