@@ -75,12 +75,21 @@ def _run(arguments: list[str]) -> int:
     elif word in COMMANDS:
         return parsed(word, arguments[1:]).run()
     elif word.startswith("--tyro-"):  # scripts with which shells complete words
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptoss", args=arguments)
+        return completed(arguments)
     else:
         raise ValueError(
             f"COMMAND: expected {one_of(list(COMMANDS))}, got {repr(word) if word else 'none'}"
             f"{near(word, COMMANDS)}; `gptoss --help` says what they do"
         )
+    return 0
+
+
+def completed(arguments: list[str]) -> int:
+    """Let tyro print or write the script with which a shell completes words."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptoss", args=arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
     return 0
 
 

@@ -18,7 +18,7 @@ import tyro
 from gptoss_jax.cli.info import console
 from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import print_json, printable, write
-from gptoss_jax.cli.values import Flag, Folder, Group, Text, is_date
+from gptoss_jax.cli.values import CheckpointName, Flag, Group, Text, is_date
 from gptoss_jax.folders import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Data:
     """Reasoning effort of rows that name none."""
     date: Text = None
     """YYYY-MM-DD that the system message says; without it, it says none."""
-    checkpoint: Folder = None
+    checkpoint: CheckpointName = None
     """The checkpoint whose vocabulary is meant; without it the published one."""
     checking: Group[CheckOptions] = dataclasses.field(default_factory=CheckOptions)
     showing: Group[ShowOptions] = dataclasses.field(default_factory=ShowOptions)

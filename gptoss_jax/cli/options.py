@@ -17,7 +17,7 @@ import gptoss_jax
 from gptoss_jax.cli.errors import in_options
 from gptoss_jax.cli.output import remark
 from gptoss_jax.cli.processes import Processes
-from gptoss_jax.cli.values import Count, Experts, Flag, Folder, Group, Number, Text
+from gptoss_jax.cli.values import CheckpointName, Count, Experts, Flag, Folder, Group, Number, Text
 from gptoss_jax.folders import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class OutputOfModel(Output):
 class CheckpointOptions:
     """Which weights."""
 
-    checkpoint: Folder = None
+    checkpoint: CheckpointName = None
     """Its folder, or its name in the Hugging Face cache; without it the bundled tiny model."""
 
     @property
@@ -77,7 +77,8 @@ class CheckpointOptions:
         try:
             checkpoint_folder(self.checkpoint)
         except ValueError as error:
-            yield in_options(str(error))
+            text = in_options(str(error)).removeprefix("checkpoint: ")
+            yield text if text.startswith("--checkpoint") else f"--checkpoint: {text}"
 
     def say_if_bundled(self, how: str = "") -> None:
         if self.checkpoint is None:
@@ -190,7 +191,7 @@ class SamplingOptions:
         """What is out of range."""
         for name, value in self.given().items():
             expected, least, most = RANGES[name]
-            if not (least <= value <= most and (name != "top_k" or value < math.inf)):
+            if not least <= value <= most:
                 yield f"--{name.replace('_', '-')}: expected {expected}, got {value}"
 
 

@@ -18,6 +18,7 @@ def _shown(metavar: str) -> object:
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 Folder = Annotated[str | None, _shown("FOLDER")]
+CheckpointName = Annotated[str | None, _shown("FOLDER|NAME")]
 File = Annotated[str | None, _shown("FILE")]
 Text = Annotated[str | None, _shown("TEXT")]
 Count = Annotated[int | None, _shown("N")]

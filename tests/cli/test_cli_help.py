@@ -60,6 +60,14 @@ def test_the_version_is_that_of_the_package(gptoss):
     assert project["scripts"]["gptoss"] == "gptoss_jax.cli:main"
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_can_complete_words(gptoss, shell):
+    status, out, err = gptoss("--tyro-print-completion", shell)
+
+    assert (status, err) == (0, "")
+    assert all(word in out for word in ("generate", "--temperature", "--builtin-tools"))
+
+
 def test_help_is_quick_and_a_closed_pipe_quiet():
     """Given a reader that has gone, when help is printed, then no word about it, and no jax."""
     program = (
