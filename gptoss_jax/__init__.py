@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from gptoss_jax.device import use_kernels
     from gptoss_jax.generation import generate, tokenizer_of
-    from gptoss_jax.harmony import FunctionTool, Message, Tokenizer
+    from gptoss_jax.harmony import FunctionTool, Message, Tokenizer, ToolNamespace
     from gptoss_jax.inference.finite import NotFiniteError
     from gptoss_jax.inference.sampling import Sampling
     from gptoss_jax.model.placed import place
@@ -49,6 +49,7 @@ __all__ = [
     "Reply",
     "Message",
     "FunctionTool",
+    "ToolNamespace",
     # tokens
     "generate",
     "Sampling",
@@ -78,6 +79,7 @@ _HOMES = {
     "FunctionTool": "harmony",
     "Message": "harmony",
     "Tokenizer": "harmony",
+    "ToolNamespace": "harmony",
     "NotFiniteError": "inference.finite",
     "Sampling": "inference.sampling",
     "place": "model.placed",

@@ -12,7 +12,7 @@ the first lines of every prompt, so prompts could not be reused from one day to 
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -133,10 +133,10 @@ class ReplyStream(Iterator[Event]):
         self._prompt, self._pieces, self._when_done = prompt, pieces, when_done
         self._seed = seed
         self._seen: list[Event] = []
-        self._parser = parser
+        self._parser, self._num_read = parser, 0
         self._whole = Completion([], [], None)
         self._reply: Reply | None = None
-        self._events = self._run()
+        self._events: Generator[Event] = self._run()
 
     def __next__(self) -> Event:
         return next(self._events)
@@ -154,20 +154,27 @@ class ReplyStream(Iterator[Event]):
         self._events.close()
         if self._reply is None:
             self._whole.finish_reason = self._whole.finish_reason or "interrupted"
+            while self._num_read < len(self._whole.tokens):
+                self._read()
             self._finish()
         return self.reply()
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event]:
         for (piece,) in self._pieces:
             self._whole.tokens += piece.tokens
             self._whole.logprobs += piece.logprobs
             self._whole.finish_reason = piece.finish_reason
             self.arrived.append((time.perf_counter(), len(self._whole.tokens)))
-            for token in piece.tokens:
-                events = self._parser.feed(token)
-                self._seen += events
-                yield from events
+            while self._num_read < len(self._whole.tokens):
+                yield from self._read()
         yield from self._finish()
+
+    def _read(self) -> list[Event]:
+        """Give the parser the next token that it has not seen."""
+        self._num_read += 1
+        events = self._parser.feed(self._whole.tokens[self._num_read - 1])
+        self._seen += events
+        return events
 
     def _finish(self) -> list[Event]:
         """Read what is left in the parser, and make the reply."""

@@ -84,15 +84,14 @@ class Chat(OfModel):
         self.model.say_if_bundled()
         model = self.load(date=date, tools=tools)
         harmony_ready()
-        builtins = {"builtin_tools": self.builtin_tools} if self.builtin_tools else {}
         return Conversation(
             model,
             reasoning_effort=self.reasoning_effort,
             instructions=self.developer,
             tools=tools,
+            builtin_tools=self.builtin_tools,
             date=date,
             max_new_tokens=self.max_new_tokens,
-            **builtins,
             **self.sampling.given(),
         )
 

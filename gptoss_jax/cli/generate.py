@@ -2,6 +2,7 @@
 """`gptoss generate`: raw text or token ids, continued without the chat format."""
 
 import codecs
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -54,7 +55,7 @@ class Generate(OfModel):
         own = self.together(lambda: self.own_tokenizer(model), "tokenizer")
         seed = new_seed(model) if self.sampling.seed is None else self.sampling.seed
         watch = Stopwatch() if self.output.stats else None
-        pieces = self.pieces(model, prompt, seed, own)
+        pieces = self.pieces(model, prompt, seed)
         whole, arrived = self.write_out(pieces, tokenizer)
         stats = watch and watch.stats(len(prompt), arrived)
         if self.output.json:
@@ -79,7 +80,7 @@ class Generate(OfModel):
             yield f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}"
 
     def pieces(
-        self, model: "Transformer", prompt: list[int], seed: int, own: "Tokenizer | None"
+        self, model: "Transformer", prompt: list[int], seed: int
     ) -> Iterator[list["Completion"]]:
         """What the model makes of it, as it comes."""
         from gptoss_jax import generation
@@ -91,19 +92,20 @@ class Generate(OfModel):
             [prompt],
             max_new_tokens=self.max_new_tokens,
             sampling=generation.sampling_for(model, **asked),
-            stop=() if self.run_on or own is None else own.stop_ids,
+            stop=() if self.run_on else generation.stop_ids_of(model),
             tokens_per_dispatch=generation.TOKENS_PER_DISPATCH,
         )
 
     def own_tokenizer(self, model: "Transformer") -> "Tokenizer | None":
         """The model's; None if it has none and none is needed."""
-        from gptoss_jax.generation import tokenizer_of
+        from gptoss_jax.generation import stop_ids_of, tokenizer_of
 
         try:
             return tokenizer_of(model)
         except ValueError as error:
-            if self.tokens and self.run_on:
-                return None
+            with contextlib.suppress(ValueError):
+                if self.tokens and (self.run_on or stop_ids_of(model)):
+                    return None
             problem = str(error).partition("; ")[0]
             raise ValueError(
                 f"{problem}; a model without a tokenizer takes --tokens, and --run-on as nothing "

@@ -6,7 +6,6 @@ weights, and without jax, is found before either is loaded.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from gptoss_jax.cli.output import remark
 from gptoss_jax.cli.processes import Processes
 from gptoss_jax.cli.values import CheckpointName, Count, Experts, Flag, Folder, Group, Number, Text
 from gptoss_jax.folders import checkpoint_folder
+from gptoss_jax.inference.ranges import RANGES
 
 if TYPE_CHECKING:
     from gptoss_jax.mesh_file import WrittenMesh
@@ -29,18 +29,6 @@ if TYPE_CHECKING:
 
 # What may differ between processes; the mesh is compared by what it says.
 OWN = {"checkpoint", "adapter", "json", "debug", "stats", "mesh", "show_analysis", "tools"}
-LARGEST = 1e30
-# In words, and the least and the most.
-RANGES = {
-    "temperature": ("a number from 0 to 1e30", 0.0, LARGEST),
-    "top_k": ("a whole number from 0", 0, math.inf),
-    "top_p": ("a number above 0, to 1", math.nextafter(0.0, 1.0), 1.0),
-    "min_p": ("a number from 0 to 1", 0.0, 1.0),
-    "repetition_penalty": ("a number from 1e-30 to 1e30", 1 / LARGEST, LARGEST),
-    "presence_penalty": ("a number from -1e30 to 1e30", -LARGEST, LARGEST),
-    "frequency_penalty": ("a number from -1e30 to 1e30", -LARGEST, LARGEST),
-    "seed": ("a whole number from 0, below 2^32", 0, 2**32 - 1),
-}
 
 
 @dataclass(kw_only=True)
@@ -151,14 +139,13 @@ class ModelOptions(CheckpointOptions):
         return facts if self.adapter is None else facts | self.opened_adapter().headers()
 
     def load(self, where: "Placement | None") -> "Transformer":
-        experts: dict[str, Any] = {} if self.experts is None else {"experts": self.experts}
         return gptoss_jax.load(
             self.folder,
+            experts=self.experts,
             dtype=self.dtype,
             mesh=where,
             adapter=self.adapter,
             any_base=self.any_base,
-            **experts,
         )
 
 
@@ -190,8 +177,8 @@ class SamplingOptions:
     def check(self) -> Iterator[str]:
         """What is out of range."""
         for name, value in self.given().items():
-            expected, least, most = RANGES[name]
-            if not least <= value <= most:
+            if not RANGES[name].holds(value):
+                expected = RANGES[name].words
                 yield f"--{name.replace('_', '-')}: expected {expected}, got {value}"
 
 

@@ -21,16 +21,20 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 def show(stream: "ReplyStream", *, with_analysis: bool) -> "Reply":
     """Print a reply while it comes; whatever interrupts it, the last line is whole."""
-    from gptoss_jax.harmony import Message, MessageEnd, MessageStart, TextDelta
+    from gptoss_jax.harmony import Message, MessageEnd, MessageStart, Recovery, TextDelta
 
     dims, lively = styled(), with_analysis or sys.stdout.isatty()
     ending = ""  # what ends the message that is being printed
+    is_own = True  # until the model makes up what others say
     try:
         for event in stream:
-            if isinstance(event, MessageStart):
+            if isinstance(event, Recovery):
+                is_own &= event.kind != "other_role"
+            elif isinstance(event, MessageStart):
                 said = Message(event.role, "", channel=event.channel, recipient=event.recipient)
-                if with_analysis or is_result(said) or (lively and is_preamble(said)):
-                    dim = dims and not is_result(said) and not is_preamble(said)
+                for_user = is_own and (said.is_preamble or is_result(said))
+                if with_analysis or (for_user and (lively or is_result(said))):
+                    dim = dims and not for_user
                     ending = PLAIN + "\n" if dim else "\n"
                     write(DIM * dim + label(said, all_of_them=with_analysis and not dims))
             elif isinstance(event, TextDelta) and ending:
@@ -41,39 +45,24 @@ def show(stream: "ReplyStream", *, with_analysis: bool) -> "Reply":
     finally:
         write(ending)
     reply = stream.reply()
-    if not lively and not has_result(reply):
-        write("".join(f"{said.content}\n" for said in reply.messages if is_preamble(said)))
+    if not lively and not has_result(reply) and reply.preamble:
+        write(f"{reply.preamble}\n")
     return reply
 
 
 def is_result(said: "Message") -> bool:
     """Whether this is what was asked for, or what is to be answered first."""
-    return said.is_answer or is_call(said)
-
-
-def is_call(said: "Message") -> bool:
-    """Whether this calls something, be it a function or a tool of the model's own."""
-    return said.role == "assistant" and said.recipient is not None and not said.is_answer
-
-
-def is_preamble(said: "Message") -> bool:
-    """Whether this tells the user what the model is about to do."""
-    return said.role == "assistant" and said.channel == "commentary" and said.recipient is None
+    return said.is_answer or said.is_tool_call
 
 
 def label(said: "Message", *, all_of_them: bool) -> str:
     """What stands ahead of a message: of `all_of_them`, or where it is not clear what it is."""
-    if is_call(said):
+    if said.is_tool_call:
         return f"[call {said.recipient}] "
-    known = said.is_answer or is_preamble(said) or (said.channel == "analysis" and is_own(said))
-    if known:
+    if said.is_answer or said.is_preamble or said.is_reasoning:
         return f"[{said.channel or 'final'}] " if all_of_them else ""
     words = [said.role, said.channel, said.recipient and f"to={said.recipient}"]
     return f"[{' '.join(filter(None, words))}] "
-
-
-def is_own(said: "Message") -> bool:
-    return said.role == "assistant" and said.recipient is None
 
 
 def reply_as_json(reply: "Reply") -> dict[str, Any]:
@@ -103,7 +92,7 @@ def usage(num_prompt: int, num_new: int) -> dict[str, int]:
 def remarks_on(reply: "Reply") -> list[str]:
     """What there is to know beside the text."""
     found = []
-    kinds = sorted({recovery.kind for recovery in departures(reply)})
+    kinds = sorted({recovery.kind for recovery in reply.recoveries if not recovery.at_end})
     if kinds:
         found.append(
             f"the reply departs from the Harmony format ({', '.join(kinds)}); no text was lost"
@@ -117,15 +106,6 @@ def remarks_on(reply: "Reply") -> list[str]:
     return found
 
 
-def departures(reply: "Reply") -> list[Any]:
-    """What was not as Harmony wants it; a header that the end cut in two is no fault of it."""
-    recoveries = list(reply.recoveries)
-    was_cut = reply.finish_reason in ("length", "interrupted")
-    if was_cut and recoveries and recoveries[-1].kind == "dropped_header":
-        recoveries.pop()
-    return recoveries
-
-
 def has_result(reply: "Reply") -> bool:
     """Whether there is what was asked for: an answer, or a call that the caller is to answer."""
-    return bool(reply.final or reply.tool_calls or reply.finish_reason == "tool_calls")
+    return bool(reply.final or reply.tool_calls)

@@ -10,7 +10,7 @@
 
 from collections.abc import Sequence
 
-from gptoss_jax.generation import tokenizer_of
+from gptoss_jax.generation import stop_ids_of, tokenizer_of
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer, parse, render_prompt
 from gptoss_jax.inference.decode import generate
 from gptoss_jax.inference.sampling import Sampling
@@ -45,7 +45,7 @@ def share_right(
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=0.0),
-            stop=tokenizer.stop_ids,
+            stop=stop_ids_of(model, tokenizer),
         )
         for messages, completion in zip(some, completions, strict=True):
             right += parse(completion.tokens, tokenizer).final == messages[-1].content

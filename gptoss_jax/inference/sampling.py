@@ -9,7 +9,7 @@ devices, `shards` names the mesh axes, and vocabulary_shards.py does what needs 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, UInt32
 
 from gptoss_jax.inference.arguments import real, whole
+from gptoss_jax.inference.ranges import LARGEST, RANGES, SIZE
 from gptoss_jax.inference.vocabulary_shards import (
     Candidates,
     Piece,
@@ -31,8 +32,6 @@ from gptoss_jax.inference.vocabulary_shards import (
 )
 from gptoss_jax.shapes import Array
 
-LARGEST = 1e30  # settings are float32 on the device; the rest of its range is for the logits
-SIZE = "a number in [-1e30, 1e30]"
 # How many candidates a program looks at: few sizes, so few compilations. A larger top-k than the
 # last sorts the whole vocabulary.
 CANDIDATES = (64, 1024)
@@ -67,29 +66,16 @@ class Sampling:
 
     def __post_init__(self):
         problems = []
-        for name, (read, expected, holds) in _LEGAL.items():
-            given = getattr(self, name)
+        for name, legal in RANGES.items():
+            given, read = getattr(self, name), whole if legal.is_whole else real
             value = getattr(Sampling, name) if given is None else read(given)
-            if value is None or not holds(value):
-                problems.append(f"{name}: expected {expected}, got {given!r}")
+            if value is None or not legal.holds(value):
+                problems.append(f"{name}: expected {legal.words}, got {given!r}")
             object.__setattr__(self, name, value)  # a plain number from here on
         biases, wrong = _biases({} if self.logit_bias is None else self.logit_bias)
         object.__setattr__(self, "logit_bias", biases)
         if problems or wrong:
             raise ValueError("; ".join(problems + wrong))
-
-
-# How each setting is read, what it may be, and whether it is.
-_LEGAL: dict[str, tuple[Callable[[Any], Any], str, Callable[[Any], bool]]] = {
-    "temperature": (real, "a number in [0, 1e30]", lambda x: 0 <= x <= LARGEST),
-    "top_k": (whole, "an integer >= 0", lambda x: x >= 0),
-    "top_p": (real, "a number in (0, 1]", lambda x: 0 < x <= 1),
-    "min_p": (real, "a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "repetition_penalty": (real, "a number in [1e-30, 1e30]", lambda x: 1e-30 <= x <= LARGEST),
-    "presence_penalty": (real, SIZE, lambda x: abs(x) <= LARGEST),
-    "frequency_penalty": (real, SIZE, lambda x: abs(x) <= LARGEST),
-    "seed": (whole, "an integer in [0, 2^32)", lambda x: 0 <= x < 2**32),
-}
 
 
 def _biases(given: Any) -> tuple[dict[int, float], list[str]]:

@@ -107,7 +107,7 @@ CHILD = """
 import fcntl, json, sys, termios, time, types
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that a typed ^C is a signal
 import gptoss_jax
-from gptoss_jax import cli, config, conversation
+from gptoss_jax import cli, conversation, generation
 from gptoss_jax.folders import BUNDLED_MODEL
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.inference.decode import Completion
@@ -127,6 +127,7 @@ def stream(model, prompts, **options):
     while slow:
         time.sleep(0.01)
 conversation.decode.stream = stream
+generation.check_model = lambda model: None
 sys.exit(cli.run(["chat", *sys.argv[2:]]))
 """
 PATIENCE = 60.0  # seconds; the child imports jax

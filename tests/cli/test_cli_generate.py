@@ -73,6 +73,8 @@ def without_tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments", [("--tokens", "5", "6"), ("Hi",), ("Hi", "--run-on")])
 def test_a_model_without_a_tokenizer_needs_two_options(gptoss, without_tokenizer, arguments):
+    Path(without_tokenizer, "generation_config.json").unlink(missing_ok=True)
+
     status, out, err = gptoss("generate", "--checkpoint", without_tokenizer, *arguments)
 
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -137,3 +139,15 @@ def test_generate_streams_text(gptoss, folder, monkeypatch):
     assert prompts[0] == tokenizer.encode("17+26=")
     assert prompts[1] == [tokenizer.specials["<|end|>"]]
     assert len(prompts[2]) > 1
+
+
+def test_the_checkpoint_says_where_tokens_end(gptoss, without_tokenizer):
+    Path(without_tokenizer, "generation_config.json").write_text('{"eos_token_id": [7, 8, 9, 10]}')
+    asked = ("generate", "--checkpoint", without_tokenizer, "--tokens", "5", "6", "--json")
+
+    status, out, err = gptoss(*asked, "--temperature", "9", "--seed", "1", "--max-new-tokens", "99")
+
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    ends = [token for token in found["tokens"] if 7 <= token <= 10]
+    assert (found["finish_reason"], ends) == ("stop", found["tokens"][-1:])
