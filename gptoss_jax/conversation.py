@@ -27,7 +27,6 @@ from gptoss_jax.generation import (
 )
 from gptoss_jax.harmony import (
     Event,
-    FunctionTool,
     HarmonyParser,
     Message,
     ParsedTurn,
@@ -268,12 +267,21 @@ class Conversation:
     ):
         check_names(sampling, ChatOptions.__optional_keys__)
         self.model = model
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise ValueError(
+                f"tokenizer: expected a Tokenizer, got {tokenizer!r}; None takes the model's own"
+            )
         self.tokenizer = tokenizer or tokenizer_of(model)
         self.reasoning_effort = reasoning_effort
+        if not isinstance(instructions, str | None):
+            raise ValueError(
+                f"instructions: expected text or None, got {instructions!r}; it is what other "
+                "models call the system prompt"
+            )
         self.instructions = instructions
         self.tools = _as_tools(tools)
         self.builtin_tools = builtin_tools
-        self.date = date.isoformat() if isinstance(date, datetime.date) else date
+        self.date = _as_day(date)
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.sampling = sampling_for(model, temperature=temperature, seed=seed, **sampling)
@@ -324,13 +332,18 @@ class Conversation:
 
     def _settings(self) -> SystemSettings:
         return SystemSettings(
-            self.reasoning_effort, current_date=self.date, builtin_tools=tuple(self.builtin_tools)
+            self.reasoning_effort, current_date=self.date, builtin_tools=self.builtin_tools
         )
 
     def _as_messages(self, said: Messages) -> list[Message]:
         """What is said, as messages; a result goes to the channel of its call."""
         if isinstance(said, str):
             return [Message("user", said)]
+        if not isinstance(said, Message | Mapping | Sequence):
+            raise ValueError(
+                f"messages: expected a text, a Message, a dictionary or a list of these, got "
+                f"{said!r}; a text is what the user says"
+            )
         several = [said] if isinstance(said, Message | Mapping) else list(said)
         ours = [message for message in several if isinstance(message, Message)]
         if ours and len(ours) == len(several):
@@ -351,11 +364,28 @@ class Conversation:
 
 def _as_tools(tools: Tools) -> list[Tool]:
     """Our tools as they are, OpenAI's dictionaries as ours."""
-    found: list[Tool] = []
-    for tool in [tools] if isinstance(tools, Tool | Mapping) else tools or ():
-        ours = isinstance(tool, FunctionTool | ToolNamespace)
-        found += [tool] if ours else tools_from_openai([tool])
+    several = [tools] if isinstance(tools, Tool | Mapping) else tools or ()
+    if isinstance(several, str) or not isinstance(several, Sequence):
+        raise ValueError(
+            f"tools: expected a list of FunctionTools or of OpenAI's dictionaries, got {tools!r}; "
+            "browser and python are builtin_tools"
+        )
+    found, problems = [], []
+    for index, tool in enumerate(several):
+        try:
+            found += [tool] if isinstance(tool, Tool) else tools_from_openai([tool])
+        except ValueError as error:
+            problems.append(str(error).replace("tools[0]", f"tools[{index}]"))
+    if problems:
+        raise ValueError("; ".join(problems))
     return found
+
+
+def _as_day(date: str | datetime.date | None) -> str | None:
+    """YYYY-MM-DD; of a moment its day."""
+    if isinstance(date, datetime.datetime):
+        date = date.date()
+    return date.isoformat() if isinstance(date, datetime.date) else date
 
 
 def _limit(model: Transformer, num_prompt: int, asked: int | None, effort: str) -> int:

@@ -120,6 +120,11 @@ class SystemSettings:
 
     def _check_builtin_tools(self) -> None:
         given = self.builtin_tools
+        if not isinstance(given, str | ToolNamespace | Sequence):
+            raise ValueError(
+                f"builtin_tools: expected a list of {', '.join(BUILTIN_TOOLS)} or ToolNamespaces, "
+                f"got {given!r}"
+            )
         tools = (given,) if isinstance(given, str | ToolNamespace) else tuple(given)
         object.__setattr__(self, "builtin_tools", tools)
         own = [tool for tool in tools if isinstance(tool, ToolNamespace)]
@@ -140,8 +145,8 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str) and len(value.split()) == 1
 
 
-def _is_date(text: str) -> bool:
+def _is_date(text: object) -> bool:
     try:
-        return date.fromisoformat(text).isoformat() == text
+        return isinstance(text, str) and date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False

@@ -44,6 +44,8 @@ class ToolNamespace:
     tools: Sequence[FunctionTool] = ()
 
     def __post_init__(self):
+        if isinstance(self.tools, str) or not isinstance(self.tools, Sequence):
+            raise ValueError(f"tools: expected a list of FunctionTools, got {self.tools!r}")
         object.__setattr__(self, "tools", tuple(self.tools))
 
 

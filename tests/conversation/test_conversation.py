@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import COMPACT as CONFIG
-from checkpoints import write_checkpoint
 from flax import nnx
+from reciter import ANSWER, CONTEXT
 
 import gptoss_jax as gj
 from gptoss_jax import conversation
@@ -23,68 +23,11 @@ from gptoss_jax.harmony import (
     MessageStart,
     SystemSettings,
     TextDelta,
-    Tokenizer,
-    ToolNamespace,
     render_prompt,
 )
 from gptoss_jax.inference.decode import Completion
 from gptoss_jax.inference.finite import NotFiniteError
 from gptoss_jax.inference.sampling import Sampling
-
-CONTEXT = 512
-THOUGHT = "<|channel|>analysis<|message|>17+26 is 43.<|end|>"
-ANSWER = THOUGHT + "<|start|>assistant<|channel|>final<|message|>43<|return|>"
-CALL = (
-    '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Ulm"}<|call|>'
-)
-WEATHER = FunctionTool("weather", "Weather of a city")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.compact()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    folder = write_checkpoint(CONFIG, tmp_path_factory.mktemp("random"))
-    tokenizer.save(folder)
-    stops = {"do_sample": True, "eos_token_id": list(tokenizer.stop_ids)}
-    (folder / "generation_config.json").write_text(json.dumps(stops))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return gj.load(folder)
-
-
-class Reciter:
-    """Stands in for `decode.stream`: says one script after another, some ids a dispatch."""
-
-    def __init__(self, tokenizer, monkeypatch):
-        self.tokenizer, self.scripts, self.step, self.calls = tokenizer, [], 3, []
-        monkeypatch.setattr(conversation.decode, "stream", self)
-
-    def says(self, *scripts, step=3):
-        self.scripts, self.step = list(scripts), step
-
-    def __call__(self, model, prompts, **options):
-        self.calls.append(options | {"prompt": prompts[0]})
-        ids = self.tokenizer.encode(self.scripts.pop(0), specials="ids")
-        end = "stop" if ids[-1] in options["stop"] else "length"
-        for start in range(0, len(ids), self.step):
-            piece = ids[start : start + self.step]
-            reason = end if start + self.step >= len(ids) else None
-            yield [Completion(piece, [-0.5] * len(piece), reason)]
-
-    def prompt_text(self, call=-1):
-        return self.tokenizer.decode(self.calls[call]["prompt"])
-
-
-@pytest.fixture
-def reciter(tokenizer, monkeypatch):
-    return Reciter(tokenizer, monkeypatch)
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
@@ -164,34 +107,6 @@ def test_special_tokens_in_user_text_stay_text(model, tokenizer, reciter):
     end, start = (tokenizer.specials[text] for text in ("<|end|>", "<|start|>"))
     assert reply.prompt.count(end) == 2  # of the system message and of the user's
     assert reply.prompt.count(start) == 3
-
-
-def test_a_tool_call_and_its_result(model, tokenizer, reciter):
-    reciter.says(THOUGHT + "<|start|>assistant" + CALL, ANSWER)
-    talk = Conversation(model, tools=[WEATHER])
-
-    reply = talk.ask("Weather in Ulm?")
-    (call,) = reply.tool_calls
-    result = Message(
-        "tool", "rain", channel="commentary", recipient="assistant", name=call.recipient
-    )
-    last = talk.ask(result)
-
-    assert reply.finish_reason == "tool_calls"
-    assert (call.recipient, json.loads(call.content)) == ("functions.weather", {"city": "Ulm"})
-    expected = [Message("user", "Weather in Ulm?"), *reply.messages, result]
-    assert last.prompt == render_prompt(expected, tokenizer=tokenizer, tools=[WEATHER])
-    assert "17+26 is 43." in reciter.prompt_text()  # the turn goes on: its reasoning stays
-
-
-def test_tools_may_be_openais(model, reciter):
-    reciter.says(ANSWER, ANSWER)
-    function = {"name": "weather", "description": "Weather of a city"}
-
-    one = chat(model, "Hi", tools=[WEATHER])
-    other = chat(model, "Hi", tools=[{"type": "function", "function": function}])
-
-    assert one.prompt == other.prompt
 
 
 def test_the_limit_cuts_a_reply(model, reciter):
@@ -471,128 +386,3 @@ def test_a_stopped_stream_keeps_what_came(model, reciter):
     assert reply.finish_reason == "interrupted"
     assert reply.tokens and talk.messages[0].content == "Hi"
     assert stream.stop() is reply and list(stream) == []
-
-
-@pytest.mark.parametrize(
-    ("header", "content_type"),
-    [("to=weather", "json"), ("to=functions.weatherjson", "json"), ("functions.weather", "json")],
-)
-def test_the_parser_knows_what_was_offered(model, reciter, header, content_type):
-    reciter.says(f'<|channel|>commentary {header} json<|message|>{{"city": "Oslo"}}<|call|>')
-
-    reply = chat(model, "Oslo?", tools=[WEATHER])
-
-    (call,) = reply.tool_calls
-    assert (call.recipient, call.content_type) == ("functions.weather", content_type)
-    assert reply.finish_reason == "tool_calls"
-    assert [recovery.kind for recovery in reply.recoveries] == ["misspelled_field"]
-
-
-FILES = ToolNamespace("files", "The user's files.", [FunctionTool("read")])
-
-
-def test_built_in_tools_are_offered_called_and_answered(model, tokenizer, reciter):
-    reciter.says("<|channel|>analysis to=python code<|message|>1+1<|call|>", ANSWER, ANSWER)
-    talk = Conversation(model, builtin_tools=("python",))
-
-    reply = talk.ask("1+1?")
-    last = talk.ask({"role": "tool", "name": "python", "content": "2"})
-
-    assert (reply.finish_reason, reply.tool_calls[0].recipient) == ("tool_calls", "python")
-    assert last.prompt == render_prompt(
-        [
-            Message("user", "1+1?"),
-            *reply.messages,
-            Message("tool", "2", "analysis", "assistant", name="python"),
-        ],
-        tokenizer=tokenizer,
-        settings=SystemSettings(builtin_tools=("python",)),
-    )
-
-
-def test_a_namespace_of_ones_own_is_offered_and_called(model, reciter):
-    reciter.says("<|channel|>commentary to=read json<|message|>{}<|call|>")
-
-    reply = chat(model, "Hi", builtin_tools=(FILES,), tools=[WEATHER])
-
-    assert reply.tool_calls[0].recipient == "files.read"
-    for text in ("namespace files {", "namespace functions {"):
-        assert text in reciter.prompt_text()
-
-
-def test_a_function_may_be_called_as_a_built_in_tool(model, reciter):
-    reciter.says("<|channel|>commentary to=functions.python json<|message|>{}<|call|>", ANSWER)
-    talk = Conversation(model, tools=[FunctionTool("python")])
-
-    talk.ask("Hi")
-    talk.ask({"role": "tool", "name": "python", "tool_call_id": "mine", "content": "2"})
-
-    assert "<|start|>functions.python to=assistant<|channel|>commentary" in reciter.prompt_text()
-
-
-def test_a_result_goes_where_its_call_was(model, reciter):
-    reciter.says("<|channel|>analysis to=functions.weather json<|message|>{}<|call|>", ANSWER)
-    talk = Conversation(model, tools=[WEATHER])
-
-    talk.ask("Oslo?")
-    talk.ask({"role": "tool", "name": "weather", "content": "rain"})
-
-    assert "<|start|>functions.weather to=assistant<|channel|>analysis" in reciter.prompt_text()
-
-
-@pytest.mark.parametrize(
-    "wild",
-    [
-        "<|channel|>final<|message|>4<|end|><|start|>user<|message|>and 5+5?<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>10<|return|>",
-        "<|channel|>final<|message|>4<|end|><|start|>functions.f<|message|>9<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>10<|return|>",
-    ],
-)
-def test_what_a_model_makes_up_for_others_is_not_remembered(model, reciter, wild):
-    reciter.says(wild, ANSWER)
-    talk = Conversation(model)
-
-    reply = talk.ask("2+2?")
-    talk.ask("Thanks")
-
-    assert (reply.final, reply.malformed, len(reply.messages)) == ("4", True, 3)
-    assert [m.content for m in talk.messages[:3]] == ["2+2?", "4", "Thanks"]
-    assert "10<|end|>" not in reciter.prompt_text()
-
-
-def test_several_answers_are_joined_by_a_line_break(model, reciter):
-    reciter.says(
-        "<|channel|>final<|message|>It is 4.<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>Anything else?<|return|>"
-    )
-
-    assert chat(model, "2+2?").final == "It is 4.\nAnything else?"
-
-
-@pytest.mark.parametrize(
-    "cut", ["<|channel|>analy", "<|channel|>final<|message|>4<|end|><|start|>"]
-)
-def test_a_cut_header_is_not_malformed(model, reciter, cut):
-    reciter.says(cut)
-
-    reply = chat(model, "Hi", max_new_tokens=20)
-
-    assert (reply.finish_reason, reply.malformed) == ("length", False)
-
-
-def test_a_prompt_may_be_asked_for_in_every_form(model, tokenizer):
-    talk = Conversation(model, instructions="")
-    hi = Message("user", "Hi")
-
-    prompts = [talk.prompt(form) for form in ("Hi", hi, [hi], {"role": "user", "content": "Hi"})]
-
-    assert prompts == [render_prompt([hi], tokenizer=tokenizer)] * 4
-
-
-def test_no_tools_may_be_said_in_several_ways(model, reciter):
-    reciter.says(ANSWER, ANSWER, ANSWER)
-
-    replies = [chat(model, "Hi", tools=tools) for tools in ((), [], None)]
-
-    assert replies[0].prompt == replies[1].prompt == replies[2].prompt
