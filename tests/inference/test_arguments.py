@@ -86,7 +86,7 @@ def test_other_numbers_of_prompts_are_named(value, message):
     "ids",
     [[3, 0, 9], (3, 0, 9), np.array([3, 0, 9], np.uint8), jnp.array([3, 0, 9]), iter([3, 0, 9])]
     + [[np.int64(3), jnp.asarray(0), 9]],
-    ids=repr,
+    ids=lambda ids: type(ids).__name__,
 )
 def test_ids_of_every_library(ids):
     found = arguments.token_ids("ids", ids, 10)
