@@ -12,7 +12,7 @@ the first lines of every prompt, so prompts could not be reused from one day to 
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -50,9 +50,9 @@ from gptoss_jax.model.transformer import Transformer
 # Tokens that prompt and reply share unless told otherwise, by effort, and at least half of them are
 # for the reply. Powers of two, because the cache is rounded up to one.
 ROOM = {"low": 2048, "medium": 8192, "high": 16384}
-Messages = str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any]]
-Tools = Sequence[Tool | Mapping[str, Any]] | None
-BuiltinTools = Sequence[str | ToolNamespace]
+Messages = str | Message | Mapping[str, Any] | Iterable[Message | Mapping[str, Any]]
+Tools = Iterable[Tool | Mapping[str, Any]] | None
+BuiltinTools = Sequence[str | ToolNamespace] | None
 
 
 class ChatOptions(SamplingFields, total=False):
@@ -279,9 +279,9 @@ class Conversation:
                 "models call the system prompt"
             )
         self.instructions = instructions
-        self.tools = _as_tools(tools)
+        self.tools: Tools = _as_tools(tools)
         self.builtin_tools = builtin_tools
-        self.date = _as_day(date)
+        self.date = date
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.sampling = sampling_for(model, temperature=temperature, seed=seed, **sampling)
@@ -315,7 +315,7 @@ class Conversation:
 
         parser = HarmonyParser(
             self.tokenizer,
-            tools=call_names(self.tools, settings.builtin_tools),
+            tools=call_names(_as_tools(self.tools), settings.builtin_tools),
             channels=settings.channels or CHANNELS,
         )
         return ReplyStream(prompt, pieces, parser, how.seed, remember)
@@ -327,19 +327,21 @@ class Conversation:
             tokenizer=self.tokenizer,
             settings=self._settings(),
             instructions=self.instructions or None,
-            tools=self.tools,
+            tools=_as_tools(self.tools),
         )
 
     def _settings(self) -> SystemSettings:
         return SystemSettings(
-            self.reasoning_effort, current_date=self.date, builtin_tools=self.builtin_tools
+            self.reasoning_effort,
+            current_date=_as_day(self.date),
+            builtin_tools=() if self.builtin_tools is None else self.builtin_tools,
         )
 
     def _as_messages(self, said: Messages) -> list[Message]:
         """What is said, as messages; a result goes to the channel of its call."""
         if isinstance(said, str):
             return [Message("user", said)]
-        if not isinstance(said, Message | Mapping | Sequence):
+        if not isinstance(said, Message | Mapping | Iterable):
             raise ValueError(
                 f"messages: expected a text, a Message, a dictionary or a list of these, got "
                 f"{said!r}; a text is what the user says"
@@ -348,7 +350,7 @@ class Conversation:
         ours = [message for message in several if isinstance(message, Message)]
         if ours and len(ours) == len(several):
             return ours
-        names = call_names(self.tools, self._settings().builtin_tools)
+        names = call_names(_as_tools(self.tools), self._settings().builtin_tools)
         calls = {m.recipient: m.channel for m in self.messages if m.is_tool_call}
         return [
             dataclasses.replace(message, channel=calls[message.name])
@@ -365,7 +367,7 @@ class Conversation:
 def _as_tools(tools: Tools) -> list[Tool]:
     """Our tools as they are, OpenAI's dictionaries as ours."""
     several = [tools] if isinstance(tools, Tool | Mapping) else tools or ()
-    if isinstance(several, str) or not isinstance(several, Sequence):
+    if isinstance(several, str) or not isinstance(several, Iterable):
         raise ValueError(
             f"tools: expected a list of FunctionTools or of OpenAI's dictionaries, got {tools!r}; "
             "browser and python are builtin_tools"

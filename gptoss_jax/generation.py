@@ -59,7 +59,9 @@ _ELSEWHERE = {
 }
 _INSTEAD = {
     "stop": "a reply ends at the model's stop tokens; generate takes it",
-    **dict.fromkeys(("reasoning_effort", "instructions", "tools", "date"), "chat takes it"),
+    **dict.fromkeys(
+        ("reasoning_effort", "instructions", "tools", "builtin_tools", "date"), "chat takes it"
+    ),
     **dict.fromkeys(
         ("n", "num_return_sequences", "best_of"),
         "give a prompt as often as it is to be continued, or ask again",

@@ -36,7 +36,7 @@ def read_generation_config(folder: str | None, vocab_size: int) -> GenerationCon
         return GenerationConfig()
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got {error}; copy the file again") from None
     if not isinstance(said, dict):
         raise ValueError(f"{file}: expected a JSON object, got {said!r}; copy the file again")

@@ -33,6 +33,7 @@ def library_conversation(case: Case) -> oh.Conversation:
     messages, lead = list(case.messages), case.instructions
     if lead is None and messages[0].role in ("system", "developer"):
         lead = messages.pop(0).content
+    lead = lead or None  # the library writes an empty section, others nothing
     out = [oh.Message.from_role_and_content(oh.Role.SYSTEM, system)]
     if lead is not None or case.tools:
         developer = oh.DeveloperContent.new()

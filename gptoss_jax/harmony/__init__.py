@@ -2,7 +2,7 @@
 """Harmony, the chat format of gpt-oss: messages -> token ids, and token ids -> events.
 
 Pure Python over ids and text; it knows no arrays and no model. Read `messages.py`, then
-`render.py`, `parser.py` and `tokenizer.py`.
+`render.py`, `parser.py` and `tokenizer.py`; tools are in `tools.py`, as text in `tool_text.py`.
 """
 
 from gptoss_jax.harmony.events import (

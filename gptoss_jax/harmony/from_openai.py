@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptoss_jax.harmony.messages import FUNCTIONS, ROLES, Message
-from gptoss_jax.harmony.tools import BUILTIN_NAMES, FunctionTool, tool_problems
+from gptoss_jax.harmony.tools import BUILTIN_NAMES, FunctionTool, Tool, call_names, tool_problems
 
 _REASONING = ("reasoning", "reasoning_content", "thinking")  # as APIs and templates call it
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -37,17 +37,25 @@ class Problem(NamedTuple):
         return f"{self.path}: {self.text}"
 
 
-def messages_from_openai(messages: Sequence[Any], *, tools: Collection[str] = ()) -> list[Message]:
+def messages_from_openai(
+    messages: Iterable[Any], *, tools: str | Iterable[str | Tool] = ()
+) -> list[Message]:
     """Messages for a list of `{"role", "content", "tool_calls", ...}`.
 
     `reasoning` (`reasoning_content`, `thinking`) goes to the analysis channel; `content` to final,
     or to commentary where tool calls follow; calls and their results to commentary, those of the
     built-in tools (python, browser.search) to analysis. A result finds the name of its function by
-    `tool_call_id`, or has it as `name`. `tools` are offered, as calls name them: functions.python
-    among them takes the name from the built-in tool. Fields that are null or empty may be there or
-    not; any other unknown field is a problem. All problems are raised as one ValueError.
+    `tool_call_id`, or has it as `name`. `tools` are offered, or their names as calls have them:
+    functions.python among them takes the name from the built-in tool. Fields that are null or
+    empty may be there or not; any other unknown field is a problem. All problems are raised as one
+    ValueError.
     """
-    if not len(messages):
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise ValueError(
+            f"messages: expected a list of objects with role and content, got {messages!r}"
+        )
+    messages, tools = list(messages), _named(tools)
+    if not messages:
         raise ValueError("messages: expected at least one message, got none; send a user message")
     problems: list[Problem] = []
     called: dict[str, str] = {}
@@ -58,10 +66,19 @@ def messages_from_openai(messages: Sequence[Any], *, tools: Collection[str] = ()
     return converted
 
 
-def tools_from_openai(tools: Sequence[Any]) -> list[FunctionTool]:
+def _named(tools: str | Iterable[str | Tool]) -> list[str]:
+    """Names as they stand behind `to=`."""
+    several = [tools] if isinstance(tools, str) else tools
+    named = ([tool] if isinstance(tool, str) else call_names([tool]) for tool in several)
+    return [name for names in named for name in names]
+
+
+def tools_from_openai(tools: Iterable[Any]) -> list[FunctionTool]:
     """Tools for a list of `{"type": "function", "function": {...}}`, checked."""
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise ValueError(f"tools: expected a list of objects, got {tools!r}")
     problems: list[Problem] = []
-    converted = convert_tools(tools, problems)
+    converted = convert_tools(list(tools), problems)
     _raise(problems)
     return converted
 
@@ -165,17 +182,17 @@ def _assistant_messages(
     problems: list[Problem],
     tools: Collection[str],
 ) -> Iterable[Message]:
-    reasoning = _reasoning(where, raw, problems)
+    reasoning, name = _reasoning(where, raw, problems), _optional_name(where, raw, problems)
     calls = raw.get("tool_calls") or []
     if not isinstance(calls, list):
         advice = "send one object a call"
         problems.append(problem(f"{where}.tool_calls", "a list", calls, advice))
         calls = []
     if reasoning:
-        yield Message("assistant", reasoning, channel="analysis")
+        yield Message("assistant", reasoning, channel="analysis", name=name)
     if raw.get("content") or not (calls or reasoning):
         channel = "commentary" if calls else "final"
-        yield Message("assistant", _content(where, raw, problems), channel=channel)
+        yield Message("assistant", _content(where, raw, problems), channel=channel, name=name)
     for index, call in enumerate(calls):
         yield _tool_call(f"{where}.tool_calls[{index}]", call, called, problems, tools)
 
@@ -212,11 +229,11 @@ def _tool_call(
         function = {"name": "?", "arguments": ""}
     _reject_unknown(where, fields, {"id", "type", "index", "function"}, problems)
     _reject_unknown(f"{where}.function", function, {"name", "arguments"}, problems)
-    if fields.get("type", "function") != "function":
+    if fields.get("type") not in (None, "function"):
         advice = "no other kind is supported"
         problems.append(problem(f"{where}.type", '"function"', fields["type"], advice))
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name[-1] == ".":
         at, advice = f"{where}.function.name", "send one without spaces, <, |, >, / and \\"
         problems.append(problem(at, "the name of a function", name, advice))
         name = "?"
@@ -297,7 +314,7 @@ def _optional_name(where: str, raw: Mapping, problems: list[Problem]) -> str | N
 
 def _reject_unknown(where: str, raw: Mapping, known: set[str], problems: list[Problem]) -> None:
     unknown = [
-        key for key, value in raw.items() if key not in known and value not in (None, [], {})
+        key for key, value in raw.items() if key not in known and value not in (None, [], {}, "")
     ]
     if unknown:
         fields = ", ".join(sorted(known))

@@ -8,11 +8,11 @@ something else than it says is told. `parser.py` calls it.
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import filterfalse
 
-from gptoss_jax.harmony.messages import FUNCTIONS, ROLES
+from gptoss_jax.harmony.messages import CHANNELS, ROLES
+from gptoss_jax.harmony.offers import Offers, names_a_tool
 from gptoss_jax.harmony.tools import BUILTIN_NAMES
 
 MAX_HEADER_CHARS = 1024  # longer than any header; text that never comes to an end is not kept back
@@ -23,10 +23,11 @@ _CHANNEL = re.compile(r"\s*(analysis|commentary|final|[^\s<]{1,64})")
 _RECIPIENT = re.compile(r"\s*to=([\w.:/-]{1,1024})")
 _CONTENT_TYPE = re.compile(r"\s*([A-Za-z]{1,32})")
 _GLUED = re.compile(r"(?<!\S)(analysis|commentary|final|assistant)to=(?=\S)")
-_SPACED = re.compile(r"(?<!\S)to=\s+(?=(?:functions|browser)\.\S)")
-_OTHER_NAMESPACE = re.compile(r"(?:functions?|tools?)[./:]")
+_SPACED = re.compile(r"(?<!\S)[tT][oO]\s*=\s*(\S+)")
 _TYPE = re.compile(r"[^\W\d][\w.+/-]*")  # a word or two: json, code, text/plain
-_GLUED_TYPES = ("json", "code")
+NO_OFFERS = Offers()
+# What a second header's field begins with where two were written without a space.
+_NEXT_FIELD = (*ROLES, *CHANNELS, "to=")
 
 
 @dataclass
@@ -58,38 +59,28 @@ def too_long(sections: list[Section]) -> bool:
     return len(text) > MAX_HEADER_CHARS or len(text.split()) > MAX_HEADER_WORDS
 
 
-def read_header(sections: list[Section], role: str | None) -> Header:
+def read_header(sections: list[Section], role: str | None, offers: Offers = NO_OFFERS) -> Header:
     """The header that `<|message|>` has closed.
 
     `role` is the author where the prompt gave it already; None means that the header names it. A
     recipient follows `to=`, or is plainly the name of a tool; another bare word is the content type
-    (`final json`), which `<|constrain|>` overrules.
+    (`final json`), which `<|constrain|>` overrules. Of a tool among `offers` the recipient is the
+    name as it was offered.
     """
     header = Header()
-    sections = [Section(s.marker, _respaced(header, s.text)) for s in sections]
+    sections = [Section(s.marker, _respaced(header, s.text, offers)) for s in sections]
     ahead = sections[0].text.split()
     author = ahead.pop(0) if role is None and ahead and not _is_recipient(ahead[0]) else None
     if role in ahead[:1]:
         header.leftovers.append(ahead.pop(0))  # the prompt had named it
-    types, behind = [], []
-    for section in sections[1:]:
-        words = section.text.split()
-        if not words:
-            continue
-        if section.marker == "constrain":
-            header.constrained |= not types
-            types.append(words.pop(0))
-        elif header.channel is None:
-            header.channel = words.pop(0)
-        else:
-            header.leftovers.append(words.pop(0))
-        behind += words
+    types, behind = _behind_markers(header, sections[1:], offers)
     header.recipient_first = any(map(_is_recipient, ahead))
     _set_recipient(header, list(filter(_is_recipient, ahead + behind)))
     ahead, behind = (list(filterfalse(_is_recipient, words)) for words in (ahead, behind))
     if header.recipient is None:
-        header.recipient_first = any(map(_is_tool_name, ahead))
-        _set_bare_recipient(header, ahead, behind)
+        header.recipient_first = any(map(offers.has, ahead))
+        _set_bare_recipient(header, offers, ahead, behind)
+    _with_what_was_meant(header, offers)
     if header.channel is None:
         _set_content_type(header, types, ahead + behind)
     else:  # text ahead of a channel is no content type: `Well.<|channel|>final<|message|>`
@@ -99,7 +90,29 @@ def read_header(sections: list[Section], role: str | None) -> Header:
     return header
 
 
-def split_header(sections: list[Section], role: str | None) -> tuple[Header, str]:
+def _behind_markers(
+    header: Header, sections: list[Section], offers: Offers
+) -> tuple[list[str], list[str]]:
+    """The words that `<|constrain|>` marks, and those that none does; the channel is set."""
+    types, behind = [], []
+    for section in sections:
+        words = section.text.split()
+        if not words:
+            continue
+        if section.marker == "constrain":
+            header.constrained |= not types
+            types.append(words.pop(0))
+        elif header.channel is not None:
+            header.leftovers.append(words.pop(0))
+        elif not _is_recipient(words[0]) and not offers.has(words[0]):
+            header.channel = words.pop(0)
+        behind += words
+    return types, behind
+
+
+def split_header(
+    sections: list[Section], role: str | None, offers: Offers = NO_OFFERS
+) -> tuple[Header, str]:
     """Header and message text where `<|message|>` is missing between them.
 
     Fields are taken from the front as long as they look like fields; the text starts behind them.
@@ -123,11 +136,12 @@ def split_header(sections: list[Section], role: str | None) -> tuple[Header, str
             header.constrained = header.content_type is not None
         if header.recipient is None:
             header.recipient, rest = _take(_RECIPIENT, rest)
-            if header.recipient is not None and not _names_a_tool(header.recipient):
+            if header.recipient is not None and not names_a_tool(header.recipient):
                 header.leftovers.append(f"to={header.recipient}")
                 header.recipient = None
             header.recipient_first = header.recipient is not None and section.marker == "start"
         body += rest
+    _with_what_was_meant(header, offers)
     _set_author(header, author, role, is_closed=False)
     taken = author or header.channel or header.recipient or header.content_type
     return header, body.lstrip() if taken else body
@@ -147,49 +161,37 @@ def may_be_field(text: str) -> bool:
     return word.startswith("to=") or "to=".startswith(word)
 
 
-def for_offered(header: Header, tools: Collection[str]) -> Header:
-    """The header with the offered tool that its recipient means, if it means one.
-
-    Of the offered functions.weather all of these are calls: `to=weather`, `to=tools.weather`,
-    `to=functions.weatherjson`. `tools` are names as they stand behind `to=`.
-    """
-    called = header.recipient
-    if called is None or called in tools:
-        return header
-    meant = {name.rpartition(".")[2]: name for name in reversed(sorted(tools))}
-    meant |= {name.removeprefix(FUNCTIONS): name for name in tools}
-    bare = _OTHER_NAMESPACE.sub("", called, count=1)
-    misspelled = [*header.misspelled, f"to={called}"]
-    if bare in meant:
-        return replace(header, recipient=meant[bare], misspelled=misspelled)
-    for glued in _GLUED_TYPES:
-        if bare.endswith(glued) and bare.removesuffix(glued) in meant:
-            name, kind = meant[bare.removesuffix(glued)], header.content_type or glued
-            return replace(header, recipient=name, content_type=kind, misspelled=misspelled)
-    return header
+def _with_what_was_meant(header: Header, offers: Offers) -> None:
+    """Put the offered tool that the recipient means in its place."""
+    if header.recipient is None:
+        return
+    name, glued = offers.meant_by(header.recipient)
+    if name != header.recipient:
+        header.misspelled.append(f"to={header.recipient}")
+        header.recipient = name
+        header.content_type = header.content_type or glued
 
 
-def _respaced(header: Header, text: str) -> str:
+def _respaced(header: Header, text: str, offers: Offers) -> str:
     """The text with `commentaryto=f` in two words, `to= functions.f` in one."""
-    for pattern, better in ((_GLUED, r"\1 to="), (_SPACED, "to=")):
-        header.misspelled += [found[0].strip() for found in pattern.finditer(text)]
-        text = pattern.sub(better, text)
-    return text
+
+    def joined(found: re.Match[str]) -> str:
+        if found[0] == f"to={found[1]}" or not offers.has(found[1]):
+            return found[0]
+        header.misspelled.append(found[0])
+        return f"to={found[1]}"
+
+    header.misspelled += [found[0] for found in _GLUED.finditer(text)]
+    return _SPACED.sub(joined, _GLUED.sub(r"\1 to=", text))
 
 
 def _is_recipient(word: str) -> bool:
     return word.startswith("to=")
 
 
-def _is_tool_name(word: str) -> bool:
-    """Whether a word without `to=` can only be a recipient; `python` may be a content type."""
-    function = word.startswith(FUNCTIONS) and _names_a_tool(word)
-    return function or (word in BUILTIN_NAMES and "." in word)
-
-
-def _set_bare_recipient(header: Header, *places: list[str]) -> None:
+def _set_bare_recipient(header: Header, offers: Offers, *places: list[str]) -> None:
     for words in places:
-        for word in filter(_is_tool_name, words):
+        for word in filter(offers.has, words):
             header.recipient = word
             header.misspelled.append(word)
             words.remove(word)
@@ -204,15 +206,10 @@ def _take(pattern: re.Pattern[str], text: str) -> tuple[str | None, str]:
 def _set_recipient(header: Header, words: list[str]) -> None:
     for word in words:
         named = word.removeprefix("to=")
-        if header.recipient is None and _names_a_tool(named):
+        if header.recipient is None and names_a_tool(named):
             header.recipient = named
         else:
             header.leftovers.append(word)
-
-
-def _names_a_tool(recipient: str) -> bool:
-    """Whether it names anyone at all: `to=functions.` does not."""
-    return recipient not in ("", "functions") and recipient[-1] != "."
 
 
 def _set_content_type(header: Header, marked: list[str], bare: list[str]) -> None:
@@ -228,8 +225,8 @@ def _set_author(
 ) -> None:
     """Role and name: `user:ann` has both, a name that is no role is a tool's.
 
-    It is a tool's where the header says so (`to=assistant`, a dot), or `is_closed` and names no
-    channel, as the assistant's do.
+    It is a tool's where the header says so (`to=assistant`, a dot), or `is_closed` and is not on
+    the final channel, which is the assistant's.
     """
     if author is None:
         header.role = role or "assistant"
@@ -239,7 +236,7 @@ def _set_author(
         header.role, header.name = head, name or None
     elif header.recipient in ROLES:
         header.role, header.name = "tool", author
-    elif author.startswith("assistant"):  # glued to something: `assistantassistant`
+    elif author.removeprefix("assistant").startswith(_NEXT_FIELD):  # `assistantassistant`
         header.leftovers.append(author.removeprefix("assistant"))
     elif header.recipient is not None or "." in author or _is_tools(header, author, is_closed):
         header.role, header.name = "tool", author
@@ -248,4 +245,4 @@ def _set_author(
 
 
 def _is_tools(header: Header, author: str, is_closed: bool) -> bool:
-    return author in BUILTIN_NAMES or (is_closed and header.channel is None)
+    return author in BUILTIN_NAMES or (is_closed and header.channel != "final")

@@ -107,9 +107,12 @@ class SystemSettings:
             )
         if self.current_date is not None and not _is_date(self.current_date):
             raise ValueError(
-                f"current_date: expected YYYY-MM-DD or None, got {self.current_date!r}; "
-                "date.isoformat() writes it so"
+                f"current_date: expected YYYY-MM-DD or None, got {self.current_date!r}; the first "
+                "of May is 2026-05-01"
             )
+        for name in ("identity", "knowledge_cutoff"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name}: expected text or None, got {getattr(self, name)!r}")
         self._check_builtin_tools()
         if isinstance(self.channels, str) or not all(map(_is_word, self.channels)):
             raise ValueError(

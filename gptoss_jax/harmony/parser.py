@@ -23,7 +23,6 @@ from gptoss_jax.harmony.events import (
 from gptoss_jax.harmony.header import (
     Header,
     Section,
-    for_offered,
     may_be_field,
     read_header,
     spell_header,
@@ -31,6 +30,7 @@ from gptoss_jax.harmony.header import (
     too_long,
 )
 from gptoss_jax.harmony.messages import CHANNELS, ROLES, Message
+from gptoss_jax.harmony.offers import Offers
 from gptoss_jax.harmony.tokenizer import Tokenizer
 
 
@@ -53,9 +53,9 @@ class HarmonyParser:
 
     `role` is the author that the prompt ended with (`<|start|>assistant`); None means that the ids
     start with `<|start|>`, as in a rendered conversation, and that every role may speak. `tools`
-    are what was offered, named as calls name them (functions.weather; `tools.call_names` says how):
-    a recipient that can only mean one of them becomes it. `channels` are those that the prompt
-    allowed; text on another is reported.
+    are what was offered, named as calls name them (functions.weather; `call_names` says how): a
+    recipient that can only mean one of them becomes it (`offers.py`). `channels` are those that
+    the prompt allowed; text on another is reported.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class HarmonyParser:
                 "that the prompt ended with"
             )
         self._tokenizer, self._role = tokenizer, role
-        self._tools, self._channels = frozenset(tools), frozenset(channels)
+        self._offers, self._channels = Offers(tools), frozenset(channels)
         self._events: list[Event] = []  # of the current call
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Inside a header there are sections, inside a message a header, between them neither.
@@ -156,7 +156,7 @@ class HarmonyParser:
         for end in range(1, len(text) + 1):
             section.text = before + text[:end]
             if too_long(self._sections):
-                self._start_without_marker(*split_header(self._sections, self._given_role))
+                self._start_without_marker(*self._split())
                 self._add_text(text[end:])
                 return
 
@@ -189,7 +189,7 @@ class HarmonyParser:
         self._need_header()
         if self._given_role is None and not self._sections[0].text.strip():
             self._recover("missing_role")
-        self._start_message(read_header(self._sections, self._given_role))
+        self._start_message(read_header(self._sections, self._given_role, self._offers))
 
     def _on_terminator(self, special: str) -> None:
         reason = special.strip("<|>")
@@ -216,7 +216,6 @@ class HarmonyParser:
         self._sections = [Section("start")]
 
     def _start_message(self, header: Header) -> None:
-        header = for_offered(header, self._tools)
         if header.leftovers:
             self._recover("leftover", " ".join(header.leftovers))
         if header.misspelled:
@@ -237,6 +236,9 @@ class HarmonyParser:
         wrote, since that ends what it writes: there a tool may answer."""
         answers = self._called and header.role == "tool"
         return self._role is not None and header.role != self._role and not answers
+
+    def _split(self) -> tuple[Header, str]:
+        return split_header(self._sections, self._given_role, self._offers)
 
     def _start_without_marker(self, header: Header, text: str) -> None:
         self._recover("missing_message", spell_header(self._sections))
@@ -260,7 +262,7 @@ class HarmonyParser:
 
     def _close_header(self, reason: str) -> None:
         """A header ended without `<|message|>`: its text is the message, if there is any."""
-        header, text = split_header(self._sections, self._given_role)
+        header, text = self._split()
         named = header.channel is not None and reason != "start"
         if text.strip() or named:
             self._start_without_marker(header, text)
@@ -270,7 +272,7 @@ class HarmonyParser:
 
     def _cut_header(self) -> None:
         """The tokens ended inside a header: drop what is a header, keep what can only be text."""
-        header, text = split_header(self._sections, self._given_role)
+        header, text = self._split()
         plain = self._given_role is not None and header == Header(self._given_role)
         num_words = len(text.split())
         if (num_words > 1 or (num_words and plain)) and not may_be_field(text):

@@ -8,7 +8,7 @@ the tokenizer knows the ids. `parser.py` is the way back.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +34,7 @@ class RenderedMessage:
 
 
 def render_prompt(
-    messages: Sequence[Message],
+    messages: Iterable[Message],
     *,
     tokenizer: Tokenizer,
     settings: SystemSettings | None = None,
@@ -51,6 +51,7 @@ def render_prompt(
     message is one); "keep" none. Raises ValueError for what the format cannot say, as a tool that
     is called like a role.
     """
+    messages = _listed(messages)
     ended = max((i + 1 for i, message in enumerate(messages) if message.is_answer), default=0)
     kept = _kept(messages, drop_analysis, ended)
     parts = _parts(messages, kept, tokenizer, settings, instructions, tools)
@@ -63,7 +64,7 @@ def answer_start(tokenizer: Tokenizer) -> list[int]:
 
 
 def render_training(
-    messages: Sequence[Message],
+    messages: Iterable[Message],
     *,
     tokenizer: Tokenizer,
     settings: SystemSettings | None = None,
@@ -88,7 +89,7 @@ def render_training(
 
 
 def render_messages(
-    messages: Sequence[Message],
+    messages: Iterable[Message],
     *,
     tokenizer: Tokenizer,
     settings: SystemSettings | None = None,
@@ -97,6 +98,7 @@ def render_messages(
     drop_analysis: DropAnalysis = "strict",
 ) -> list[RenderedMessage]:
     """What `render_training` joins, message by message."""
+    messages = _listed(messages)
     kept = _kept(messages, drop_analysis, _last_turn(messages))
     parts = _parts(messages, kept, tokenizer, settings, instructions, tools)
     if messages and (messages[-1].role, messages[-1].channel) == ("assistant", "final"):
@@ -124,10 +126,13 @@ def _kept(messages: Sequence[Message], drop_analysis: str, ended: int) -> list[i
 def _without_finished_analysis(messages: Sequence[Message], ended: int) -> list[int]:
     """All but the analysis of finished turns; a call made in it goes with its result.
 
-    Results belong to the earliest call of that tool that has none yet, whatever their channel.
+    A result belongs to the earliest call of that tool in its own turn that has none yet, whatever
+    their channel.
     """
     kept, open_calls = [], {}
     for index, message in enumerate(messages):
+        if message.role not in ("assistant", "tool"):
+            open_calls.clear()
         dropped = index < ended and message.channel == "analysis"
         if message.is_tool_call:
             open_calls.setdefault(message.recipient, []).append(dropped)
@@ -166,12 +171,16 @@ def _parts(
 ) -> list[RenderedMessage]:
     """System message, developer message with instructions and tools, then the rest in place."""
     _check_messages(messages)
-    lead, empty = None, [i for i in kept if _says_nothing(messages[i])]
-    kept = [index for index in kept if index not in empty]
-    if instructions is None and kept[:1] == [0] and messages[0].role in _LEADS:
-        instructions, lead, kept = messages[0].content, 0, kept[1:]
+    settings = settings or SystemSettings()
+    _check_offer(instructions, tools, settings)
+    instructions = instructions or None  # an empty text is no instruction, nor an empty message
+    said = [index for index, message in enumerate(messages) if not _says_nothing(message)]
+    first, lead = said[0] if said else None, None
+    kept = [index for index in kept if not _says_nothing(messages[index])]
+    if instructions is None and first is not None and messages[first].role in _LEADS:
+        instructions, lead, kept = messages[first].content, first, kept[1:]
     has_functions = any(space.name == "functions" for space in namespaces(tools))
-    system = system_text(settings or SystemSettings(), has_functions=has_functions)
+    system = system_text(settings, has_functions=has_functions)
     parts = [RenderedMessage(_lead_ids("system", system, tokenizer), None)]
     if instructions is not None or tools:
         developer = developer_text(instructions, tools)
@@ -256,6 +265,31 @@ def _recipient_first(message: Message) -> bool:
     if message.recipient_first is None:
         return message.role != "assistant"
     return message.recipient_first
+
+
+def _listed(messages: Iterable[Message]) -> list[Message]:
+    """The messages, which may come from an iterator; ValueError for anything else."""
+    several = [] if isinstance(messages, str | Message | Mapping) else list(messages)
+    wrong = [message for message in several if not isinstance(message, Message)]
+    if wrong or (messages and not several):
+        raise ValueError(
+            f"messages: expected a list of Messages, got {wrong[0] if wrong else messages!r}; "
+            "messages_from_openai makes them of dictionaries"
+        )
+    return several
+
+
+def _check_offer(instructions: object, tools: Sequence[Tool], settings: SystemSettings) -> None:
+    """Raise ValueError for instructions that are no text, and for a name that means two tools."""
+    if not isinstance(instructions, str | None):
+        raise ValueError(f"instructions: expected text or None, got {instructions!r}")
+    named = {tool if isinstance(tool, str) else tool.name for tool in settings.builtin_tools}
+    twice = sorted(named.intersection(space.name for space in namespaces(tools)))
+    if twice:
+        raise ValueError(
+            f"tools: expected other names than those of built-in tools, got {', '.join(twice)} in "
+            "both; rename one"
+        )
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

@@ -163,6 +163,8 @@ class Tokenizer:
         Text that spells a special token is refused, encoded as ordinary text ("text"), or turned
         into the special token ("ids", for prompts written by hand). Lone surrogates become U+FFFD.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text: expected text, got {text!r}; decode makes text of ids")
         if specials == "text":
             return self._ordinary(text)
         if specials == "ids":
@@ -192,6 +194,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of any ids, never an error; what is no text becomes U+FFFD."""
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ValueError(f"ids: expected a list of token ids, got {ids!r}; write [id] for one")
         rows, outside = self._rows, REPLACEMENT.encode()
         pieces = [rows[i] if 0 <= i < len(rows) else outside for i in map(index, ids)]
         return b"".join(pieces).decode("utf-8", errors="replace")

@@ -59,7 +59,7 @@ class _Marks:
 
     def lines(self, text: str) -> str:
         """The same line by line: the library puts `//` before each."""
-        return "\n".join(self.short(line) for line in text.splitlines())
+        return "\n".join(self.short(line) for line in text.split("\n"))
 
     def schema(self, value: Any, *, as_json: bool = False) -> Any:
         """A JSON schema whose long texts are marked.
@@ -93,12 +93,19 @@ def _library_namespace(tool: str | ToolNamespace, marks: _Marks) -> Any:
     describe = harmony_library().ToolDescription.new
     return config(
         name=tool.name,
-        description=marks.lines(tool.description) or None,
+        description=_description(tool, marks) or None,
         tools=[
             describe(function.name, marks.lines(function.description), _parameters(function, marks))
             for function in tool.tools
         ],
     )
+
+
+def _description(tool: ToolNamespace, marks: _Marks) -> str:
+    """The text of a namespace; one without tools is shown as it is, however many its lines."""
+    if tool.tools:
+        return marks.lines(tool.description)
+    return marks.short(tool.description.replace("\r\n", "\n").removesuffix("\n"))
 
 
 def _parameters(function: FunctionTool, marks: _Marks) -> dict[str, Any] | None:
@@ -110,7 +117,7 @@ def _parameters(function: FunctionTool, marks: _Marks) -> dict[str, Any] | None:
     if schema is None:
         return None
     takes_nothing = schema.get("type") == "object" and not schema.get("properties")
-    shows_more = schema.keys() & {"description", "oneOf", "additionalProperties"}
+    shows_more = schema.keys() & {"description", "oneOf"} or schema.get("additionalProperties")
     return None if takes_nothing and not shows_more else marks.schema(schema)
 
 

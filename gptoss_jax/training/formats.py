@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gptoss_jax.harmony.from_openai import Problem, convert_message, convert_tools, problem
 from gptoss_jax.harmony.messages import EFFORTS, Message
-from gptoss_jax.harmony.tools import FunctionTool
+from gptoss_jax.harmony.tools import FunctionTool, call_names
 from gptoss_jax.training.conversations import Conversation
 from gptoss_jax.training.sharegpt import messages_of_turns
 
@@ -57,12 +57,11 @@ def conversation_of(fields: Mapping[str, Any]) -> Conversation:
     if found.read is None:
         conversation = Conversation(text=_text(fields, "text", problems))
     else:
-        located = found.read(fields, problems)
-        conversation = Conversation(
-            *_messages(located, problems),
-            tools=_tools(fields, problems),
-            effort=_effort(fields, problems),
-        )
+        located, of_tools = found.read(fields, problems), []
+        tools = _tools(fields, of_tools)
+        messages, weights = _messages(located, tools, problems)
+        problems += of_tools
+        conversation = Conversation(messages, weights, tools, _effort(fields, problems))
     if problems:
         raise RowProblems(problems)
     return conversation
@@ -97,17 +96,18 @@ def _match(columns: tuple[str, ...]) -> tuple[Format | Problem, tuple[str, ...]]
 
 
 def _messages(
-    located: Located, problems: list[Problem]
+    located: Located, tools: Sequence[FunctionTool], problems: list[Problem]
 ) -> tuple[tuple[Message, ...], tuple[float, ...]]:
     messages: list[Message] = []
     weights: list[float] = []
-    function_names: dict[str, str] = {}  # of the calls so far, by their ids
+    called: dict[str, str] = {}  # of the calls so far, by their ids
+    offered = call_names(tools)
     for where, raw in located:
         weight = 1.0
         if type(raw) is dict and raw.keys() != _ROLE_AND_CONTENT:
             weight = _weight(where, raw, problems)
             raw = _as_openai(where, raw, problems)
-        for message in convert_message(where, raw, function_names, problems):
+        for message in convert_message(where, raw, called, problems, offered):
             messages.append(message)
             weights.append(weight if message.role == "assistant" else 0.0)
     return tuple(messages), tuple(weights)

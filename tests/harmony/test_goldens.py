@@ -58,6 +58,9 @@ HEADERS = [
      Message("tool", "2", "analysis", "assistant", name="python")),
     ("<|start|>functions.clock<|message|>9<|end|>", Message("tool", "9", name="functions.clock")),
     ("<|start|>lookup<|message|>9<|end|>", Message("tool", "9", name="lookup")),
+    ("<|start|>lookup<|channel|>commentary<|message|>9<|end|>",
+     Message("tool", "9", "commentary", name="lookup")),
+    ("<|start|>assistant_x<|message|>9<|end|>", Message("tool", "9", name="assistant_x")),
     ("<|start|>assistant_clock to=assistant<|channel|>commentary<|message|>9<|end|>",
      Message("tool", "9", "commentary", "assistant", name="assistant_clock")),
 ]  # fmt: skip
@@ -149,7 +152,8 @@ DEVELOPER = "<|start|>developer<|message|>{}<|end|>"
 @pytest.mark.parametrize(
     ("tools", "expected"),
     [
-        ([FunctionTool("now", "The time.", {"type": "object", "properties": {}})],
+        ([FunctionTool("now", "The time.", {"type": "object", "properties": {},
+                                            "additionalProperties": False})],
          "# Tools\n\n## functions\n\nnamespace functions {\n\n// The time.\ntype now = () => any;"
          "\n\n} // namespace functions"),
         ([FunctionTool("patch", "Applies a patch.", {"type": "string", "description": "p"})],
@@ -199,6 +203,20 @@ def test_a_whole_turn_with_a_tool(published):
         "<|start|>assistant"
     )
     assert ids == published.encode(published.decode(ids), specials="ids")
+
+
+def test_an_empty_text_leaves_its_place_to_the_next(published):
+    messages = [Message("system", ""), Message("developer", "Be kind."), Message("user", "q")]
+    tools = [FunctionTool("now")]
+
+    ids = render_prompt(messages, tokenizer=published, tools=tools)
+
+    assert ids == render_prompt(
+        messages[2:], tokenizer=published, tools=tools, instructions="Be kind."
+    )
+    assert render_prompt(messages[2:], tokenizer=published, instructions="") == render_prompt(
+        iter(messages[2:]), tokenizer=published
+    )
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -74,9 +74,75 @@ def test_tools_of_a_request():
     assert tools == [FunctionTool("f", "", schema)]
 
 
+def test_built_in_tools_keep_their_names_and_channel():
+    calls = [
+        {"id": "a", "index": 0, "type": None, "function": {"name": "python", "arguments": "1+1"}},
+        {"id": "b", "function": {"name": "functions.f", "arguments": "{}"}},
+    ]
+    request = [
+        {"role": "assistant", "tool_calls": calls, "refusal": ""},
+        {"role": "tool", "tool_call_id": "b", "content": "x"},
+        {"role": "tool", "tool_call_id": "a", "content": "2"},
+        {"role": "tool", "name": "browser.search", "content": "y"},
+        {"role": "tool", "name": "functions.f", "tool_call_id": "of another", "content": "z"},
+    ]
+
+    converted = messages_from_openai(iter(request))
+
+    assert converted == [
+        Message("assistant", "1+1", "analysis", "python", content_type="code"),
+        call("f", "{}"),
+        result("f", "x"),
+        Message("tool", "2", "analysis", "assistant", name="python"),
+        Message("tool", "y", "analysis", "assistant", name="browser.search"),
+        result("f", "z"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "offered", ["functions.python", ["functions.python"], [FunctionTool("python")]]
+)
+def test_an_offered_function_goes_before_a_built_in_tool(offered):
+    called = {"function": {"name": "python", "arguments": "{}"}}
+    request = [
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "name": "python", "content": "2"},
+    ]
+
+    converted = messages_from_openai(request, tools=offered)
+
+    assert converted == [call("python", "{}"), result("python", "2")]
+
+
+def test_reasoning_by_any_of_its_names_and_who_speaks():
+    request = [{"role": "assistant", "thinking": "Hm.", "content": "Yes.", "name": "ann"}]
+
+    assert messages_from_openai(request) == [
+        Message("assistant", "Hm.", "analysis", name="ann"),
+        Message("assistant", "Yes.", "final", name="ann"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
+        ("hello", "messages: expected a list of objects with role and content, got 'hello'"),
+        (
+            [{**CALLED, "tool_calls": [{"x": 1, "function": {"name": "f", "arguments": ""}}]}],
+            r"tool_calls\[0\]: expected the fields .*got \['x'\]",
+        ),
+        (
+            [{**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "", "y": 1}}]}],
+            r"tool_calls\[0\]\.function: expected the fields .*got \['y'\]",
+        ),
+        (
+            [{**CALLED, "tool_calls": [{"function": {"name": "functions.", "arguments": ""}}]}],
+            r"function\.name: expected the name of a function, got 'functions\.'",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}],
+            r"messages\[0\]: expected one text of reasoning, got \['reasoning', 'thinking'\]",
+        ),
         ([], "messages: expected at least one message, got none"),
         (["hi"], r"messages\[0\]: expected an object, got 'hi'"),
         ([{"content": "x"}], r"messages\[0\]\.role: expected one of system.*got None"),

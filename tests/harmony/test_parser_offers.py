@@ -9,7 +9,8 @@ from test_parser import BEFORE, FRAGMENTS, A, byte_id, check_nothing_lost
 from gptoss_jax.harmony import Message, parse, render_messages, render_prompt
 from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
 
-OFFERED = ["functions.weather", "functions.clock", "python", "files.read", "browser.search"]
+OFFERED = ["functions.weather", "functions.clock", "python", "files.read", "files.open"]
+OFFERED += ["browser.search", "browser.open"]
 
 
 @pytest.mark.parametrize(
@@ -27,10 +28,27 @@ OFFERED = ["functions.weather", "functions.clock", "python", "files.read", "brow
         ("commentary to=functions.files.read json", "files.read", ["misspelled_field"]),
         ("analysis to=python code", "python", []),
         ("commentary to=search code", "browser.search", ["misspelled_field"]),
+        # with what models put around a name
+        ("commentary to=functions.weather, json", "functions.weather", ["misspelled_field"]),
+        ('commentary to="functions.weather" json', "functions.weather", ["misspelled_field"]),
+        ("commentary to=weather() json", "functions.weather", ["misspelled_field"]),
+        ('commentary to=weather{"a":1} json', "functions.weather", ["misspelled_field"]),
+        ("commentary to=functions..weather json", "functions.weather", ["misspelled_field"]),
+        ("commentary to=functions.functions.weather json", "functions.weather",
+         ["misspelled_field"]),
+        ("commentary to=tools.functions.weather json", "functions.weather", ["misspelled_field"]),
+        ("commentary weather json", "functions.weather", ["misspelled_field"]),
+        ("commentary to= weather json", "functions.weather", ["misspelled_field"]),
+        ("commentary to =functions.weather json", "functions.weather", ["misspelled_field"]),
+        ("commentary TO=functions.weather json", "functions.weather", ["misspelled_field"]),
+        ("analysis to= python code", "python", ["misspelled_field"]),
         # nothing that was offered is meant
         ("commentary to=functions.nope json", "functions.nope", []),
         ("commentary to=evil.weather json", "evil.weather", []),
         ("commentary to=functions.weatherman json", "functions.weatherman", []),
+        ("commentary to=mytools.weather json", "mytools.weather", []),
+        ("commentary to=weathercode json", "weathercode", []),
+        ("commentary to=open code", "open", []),  # of the files or of the browser?
         # without `to=`, or with too much or too little space
         ("commentary functions.weather json", "functions.weather", ["misspelled_field"]),
         ("commentary functions.weather <|constrain|>json", "functions.weather",
@@ -38,6 +56,8 @@ OFFERED = ["functions.weather", "functions.clock", "python", "files.read", "brow
         ("commentary browser.search code", "browser.search", ["misspelled_field"]),
         ("commentaryto=functions.weather json", "functions.weather", ["misspelled_field"]),
         ("commentary to= functions.weather json", "functions.weather", ["misspelled_field"]),
+        ("to=functions.weather json", "functions.weather", []),
+        ("functions.weather json", "functions.weather", ["misspelled_field"]),
     ],
 )  # fmt: skip
 def test_which_offered_tool_is_called(header, recipient, recoveries, published):
@@ -49,6 +69,14 @@ def test_which_offered_tool_is_called(header, recipient, recoveries, published):
     assert turn.tool_calls[0].content_type in ("json", "code")
     assert [recovery.kind for recovery in turn.recoveries] == recoveries
     check_nothing_lost(ids, published)
+
+
+def test_a_role_is_no_tool_of_that_name(published):
+    ids = published.encode("<|channel|>commentary to=user<|message|>Hello<|end|>", specials="ids")
+
+    turn = parse(ids, published, tools=["functions.user"])
+
+    assert (turn.preamble, turn.tool_calls) == ("Hello", ())
 
 
 @pytest.mark.parametrize(

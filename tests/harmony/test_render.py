@@ -228,6 +228,10 @@ CALLED_IN_ANALYSIS = [
         ([user("q"), call("clock", "1", "analysis"), call("clock", "2"), result("clock", "one"),
           result("clock", "two"), said("final", "n"), user("r")], ["q", "2", "two", "n", "r"]),
         ([user("q"), said("analysis", "a"), said("final", "n")], ["q", "n"]),
+        # a call that got no answer takes none of another turn
+        ([user("q"), call("clock", "1", "analysis"), user("no"), said("final", "n"), user("r"),
+          call("clock", "2", "analysis"), result("clock", "two")],
+         ["q", "no", "n", "r", "2", "two"]),
         ([user("q"), said("analysis", "a")], ["q", "a"]),
     ],
 )  # fmt: skip

@@ -361,3 +361,20 @@ def test_columns_without_use_are_named():
 
     assert form.name == "chat messages"
     assert unused == ("id", "url")
+
+
+def test_a_function_called_as_a_built_in_tool_is_the_rows_own():
+    called = {"id": "1", "function": {"name": "python", "arguments": "{}"}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [called]},
+            {"role": "tool", "tool_call_id": "1", "content": "1"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "python"}}],
+    }
+
+    _, calls, result = conversation_of(row).messages
+
+    assert (calls.recipient, calls.channel) == ("functions.python", "commentary")
+    assert (result.name, result.channel) == ("functions.python", "commentary")
