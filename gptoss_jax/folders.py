@@ -9,6 +9,7 @@ import os
 import re
 import reprlib
 from pathlib import Path
+from typing import Any
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "tiny"
 
@@ -44,18 +45,40 @@ def checkpoint_folder(path: str | Path | None) -> Path:
     """
     if path is None:
         return BUNDLED_MODEL
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError(
-            f"path: expected a checkpoint folder, a name such as 'openai/gpt-oss-20b', or None for "
-            f"the bundled model, got {reprlib.repr(path)}"
-        )
-    folder = Path(path).expanduser()
-    if folder.exists():
+    expected = (
+        "a checkpoint folder, a name such as 'openai/gpt-oss-20b', or None for the bundled model"
+    )
+    folder = user_folder("path", path, expected)
+    if os.path.exists(folder):  # unlike Path.exists, False also of a name that is too long
         return folder
     name = _HUB_NAME.fullmatch(str(path))
-    if name and (kept := hub_cache() / f"models--{name['owner']}--{name['name']}").is_dir():
-        return _snapshot(kept, f"{name['owner']}/{name['name']}", name["revision"])
-    raise ValueError(_not_found(str(path), name and f"{name['owner']}/{name['name']}"))
+    if name is None:
+        raise ValueError(_not_found(str(path)))
+    model, revision = f"{name['owner']}/{name['name']}", name["revision"]
+    kept = hub_cache() / f"models--{name['owner']}--{name['name']}"
+    if os.path.isdir(kept):
+        return _snapshot(kept, model, revision)
+    raise ValueError(_not_found(str(path), model, revision))
+
+
+def user_folder(argument: str, path: Any, expected: str = "a folder") -> Path:
+    """A path that a user gave, `~` expanded. Raises ValueError for what is none, and for the home
+    of somebody who is not known here."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"{argument}: expected {expected}, got {reprlib.repr(path)}")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{argument}: expected {expected}, got {_short(str(path))}, and there is no home of "
+            "that name on this machine; write the path out, or ./~... for a name with a tilde"
+        ) from None
+
+
+def download_command(name: str, revision: str | None = None) -> str:
+    """What fetches a published model, or goes on fetching it, into the Hugging Face cache."""
+    wanted = f" --revision {revision}" if revision else ""
+    return f"hf download {name}{wanted} --exclude '*/*'"
 
 
 def _snapshot(kept: Path, name: str, revision: str | None) -> Path:
@@ -67,7 +90,7 @@ def _snapshot(kept: Path, name: str, revision: str | None) -> Path:
         commit = there[0]
     if commit in there:
         return kept / "snapshots" / commit
-    again = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    again = f"`{download_command(name, revision)}`"
     if not there or commit is not None:
         raise ValueError(
             f"path: expected the weights of {name} in the Hugging Face cache, got {str(kept)!r} "
@@ -88,24 +111,30 @@ def _snapshot(kept: Path, name: str, revision: str | None) -> Path:
 def _commit(kept: Path, ref: str) -> str | None:
     """The commit that a ref was at when it was downloaded."""
     file = kept / "refs" / ref
-    if ".." in file.parts or not file.is_file():
+    if ".." in file.parts or not os.path.isfile(file):
         return None
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     return text if re.fullmatch(r"[0-9A-Za-z]+", text) else None
 
 
-def _not_found(path: str, hub_name: str | None) -> str:
+def _not_found(path: str, hub_name: str | None = None, revision: str | None = None) -> str:
     """What is said where there is nothing, and how to get something."""
     model = hub_name or "openai/gpt-oss-20b"
+    given = f"{model}@{revision}" if revision else model
     size = f", {PUBLISHED[model] / 1e9:.1f} GB" if model in PUBLISHED else ""
     looked = f", nor of that name in {str(hub_cache())!r}" if hub_name else ""
     return (
-        f"path: expected a checkpoint folder, got {path!r}: nothing is there on this machine"
-        f"{looked}. Nothing is downloaded for you: `hf download {model} --exclude '*/*'` fetches "
-        f"what is needed of {model}{size}, and that name may then be given as the path. Needed are "
+        f"path: expected a checkpoint folder, got {_short(path)}: nothing is there on this machine"
+        f"{looked}. Nothing is downloaded for you: `{download_command(model, revision)}` fetches "
+        f"what is needed of {given}{size}, and that name may then be given as the path. Needed are "
         "*.safetensors and their index, config.json, generation_config.json and the tokenizer's "
         "files; original/ and metal/ have the same weights again"
     )
+
+
+def _short(path: str) -> str:
+    """A path for an error; of a very long one both ends."""
+    return repr(path if len(path) <= 200 else f"{path[:100]}...{path[-80:]}")
 
 
 def hub_name(folder: str | Path) -> str | None:
@@ -114,3 +143,12 @@ def hub_name(folder: str | Path) -> str | None:
     if snapshots != "snapshots" or not model.startswith("models--"):
         return None
     return model.removeprefix("models--").replace("--", "/", 1)
+
+
+def finish_command(folder: str | Path) -> str | None:
+    """What goes on with the download of a snapshot, of the revision that it is; None elsewhere."""
+    name, folder = hub_name(folder), Path(folder)
+    if name is None:
+        return None
+    is_main = _commit(folder.parents[1], "main") == folder.name
+    return download_command(name, None if is_main else folder.name)

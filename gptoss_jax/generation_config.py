@@ -6,6 +6,7 @@ A value that cannot be is an error that names the file.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +33,15 @@ def read_generation_config(folder: str | None, vocab_size: int) -> GenerationCon
     Raises ValueError for a file that is not JSON, and for numbers that are out of range.
     """
     file = Path(folder, FILE) if folder else None
-    if file is None or not file.is_file():
+    if file is None or not os.path.lexists(file):
         return GenerationConfig()
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:  # such as a link to what was never downloaded
+        raise ValueError(
+            f"{file}: expected a file to read, got {error.strerror}; finish the download, or "
+            "delete it"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got {error}; copy the file again") from None
     if not isinstance(said, dict):

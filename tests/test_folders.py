@@ -5,6 +5,7 @@ The layout, with files as links into `blobs`, is that of huggingface_hub 2.4.
 """
 
 import os
+import re
 import shutil
 
 import pytest
@@ -113,7 +114,7 @@ def test_a_ref_without_its_snapshot(cache, source):
     text = refused(NAME)
 
     assert f"without the snapshot {COMMITS[0]}" in text
-    assert f"finish the download: hf download {NAME}" in text
+    assert f"finish the download: `hf download {NAME} --exclude '*/*'`" in text
 
 
 def test_a_ref_that_leads_elsewhere_is_no_commit(cache, source):
@@ -188,3 +189,60 @@ def test_a_snapshot_has_a_name(cache, source):
     assert hub_name(put(cache, source, name="a/b--c")) == "a/b--c"
     assert hub_name(source) is None
     assert hub_name("x") is None
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_link_that_leads_nowhere_is_a_file_that_is_missing(cache, source, with_index):
+    snapshot = put(cache, source)
+    lost = sorted(snapshot.glob("*.safetensors"))[1]
+    lost.resolve().unlink()
+    if not with_index:
+        (snapshot / "model.safetensors.index.json").unlink()
+
+    with pytest.raises(ValueError, match=f"missing: {lost.name}; `hf download {NAME} --exclude"):
+        gj.load(NAME)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "generation_config.json"])
+def test_a_link_in_place_of_a_text_file(cache, source, name):
+    snapshot = put(cache, source)
+    (snapshot / name).unlink(missing_ok=True)
+    (snapshot / name).symlink_to("../../blobs/gone")
+
+    with pytest.raises(ValueError, match=rf"{name}: expected a file to read, got No such file"):
+        gj.generate(gj.load(NAME), [[1]], max_new_tokens=1)
+
+
+def test_a_download_is_finished_in_the_revision_that_was_meant(cache, source):
+    put(cache, source, commit=COMMITS[1])
+    old = put(cache, source, refs=("v1.0",))
+    next(old.glob("*.safetensors")).unlink()
+    again = f"`hf download {NAME} --revision {COMMITS[0]} --exclude '*/*'` goes on with it"
+
+    with pytest.raises(ValueError, match=re.escape(again)):
+        gj.describe(f"{NAME}@v1.0")
+    (old / "config.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(again)):
+        gj.describe(f"{NAME}@v1.0")
+    assert folders.finish_command(source) is None
+
+
+def test_a_revision_of_a_model_that_is_nowhere(cache):
+    text = refused(f"{NAME}@v1.0")
+
+    assert f"`hf download {NAME} --revision v1.0 --exclude '*/*'` fetches what is needed" in text
+
+
+def test_the_home_of_somebody_unknown(cache, tmp_path):
+    expected = "expected .*, got '~nosuchuser/x', and there is no home of that name"
+
+    assert re.search(expected, refused("~nosuchuser/x"))
+    with pytest.raises(ValueError, match=f"^adapter: {expected}"):
+        gj.load(adapter="~nosuchuser/x")
+    with pytest.raises(ValueError, match=f"^folder: {expected}"):
+        gj.export(gj.load(), "~nosuchuser/x")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a/" + "b" * 5000, NAME + "@" + "c" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have(cache, path):
+    assert "nothing is there on this machine" in refused(path)

@@ -8,6 +8,7 @@ Adapters are no use on other weights than those they were trained on, so the fin
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gptoss_jax.folders import hub_name
+from gptoss_jax.folders import hub_name, user_folder
 from gptoss_jax.model.adapter import Adapter, Shapes, adapters, linears, shapes_of
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import pieces
@@ -76,7 +77,8 @@ def save_adapter(
         for name, adapter in there.items()
         for member in ("a", "b")
     }
-    base, folder = base or base_of(model), Path(folder).expanduser()
+    folder = user_folder("folder", folder)
+    base = base or base_of(model)
     facts = {
         "format": FORMAT,
         "base": dataclasses.asdict(base),
@@ -129,20 +131,20 @@ class AdapterFolder:
 
 def open_adapter(folder: str | Path) -> AdapterFolder:
     """Read the facts and the headers. Raises CheckpointError with everything that is wrong."""
-    folder = Path(folder).expanduser()
-    missing = [name for name in (FACTS, TENSORS) if not (folder / name).is_file()]
+    folder = user_folder("adapter", folder, f"a folder with {FACTS} and {TENSORS}")
+    missing = [name for name in (FACTS, TENSORS) if not os.path.isfile(folder / name)]
     if missing:
         raise CheckpointError(
             f"adapter: expected a folder with {FACTS} and {TENSORS}, got {str(folder)!r} without "
             f"{' and '.join(missing)}; is it the folder of a training run? its adapter is inside"
         )
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8-sig"))
         if facts["format"] != FORMAT:
             raise ValueError(f"the format {facts['format']!r}")
         scales = {str(name): float(scale) for name, scale in facts["scales"].items()}
         base, options = Base(**facts["base"]), dict(facts["options"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / FACTS}: expected the facts of a {FORMAT!r}, got {error!r}; was it edited, "
             "or written by another version?"

@@ -8,6 +8,7 @@ array there, shapes and dtypes right, or one error that says what is wrong and i
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jaxtyping import Shaped
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config_json import remarks_on
-from gptoss_jax.folders import checkpoint_folder, hub_name
+from gptoss_jax.folders import checkpoint_folder, finish_command
 from gptoss_jax.mxfp4 import check_mxfp4
 from gptoss_jax.weights.causes import likely_cause
 from gptoss_jax.weights.listing import listing, names, shortened
@@ -184,8 +185,8 @@ def _with_files(path: Path) -> Path:
 
 def _again(folder: Path) -> str:
     """How to finish a download into the Hugging Face cache."""
-    name = hub_name(folder)
-    return f" `hf download {name} --exclude '*/*'` goes on with it" if name else ""
+    command = finish_command(folder)
+    return f" `{command}` goes on with it" if command else ""
 
 
 def _index_of(folder: Path) -> Path | None:
@@ -206,7 +207,9 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
     """
     index = _index_of(folder)
     if index is None:
-        return _merge(_read_headers(sorted(folder.glob("*.safetensors"))))
+        files = sorted(folder.glob("*.safetensors"))
+        _check_there(folder, files)
+        return _merge(_read_headers(files))
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{index}: expected a weight_map from key to file; download it again")
@@ -217,14 +220,29 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
             f"{index}: expected files of its own folder, got {names(outside)}; it is refused: what "
             "is outside is not part of a checkpoint"
         )
-    missing = [name for name in written if not (folder / name).is_file()]
-    if missing:
-        where = _again(folder) or f" download them into {str(folder)!r}"
-        raise CheckpointError(
-            f"{index}: expected {len(written)} files, got {len(written) - len(missing)}; missing: "
-            f"{names(missing)};{where}"
-        )
-    return _by_index(index, places, _read_headers([folder / name for name in written]))
+    files = [folder / name for name in written]
+    _check_there(index, files)
+    return _by_index(index, places, _read_headers(files))
+
+
+def _check_there(source: Path, files: list[Path]) -> None:
+    """Raise CheckpointError if some are missing. In the Hugging Face cache a file that has not
+    come yet may be there as a link that leads nowhere."""
+    missing = [file for file in files if not os.path.isfile(file)]
+    if not missing:
+        return
+    folder = source if source.is_dir() else source.parent
+    shown = [_shown(str(file.relative_to(folder))) for file in missing]
+    where = _again(folder) or f" download them into {str(folder)!r}"
+    raise CheckpointError(
+        f"{source}: expected {_counted(len(files), 'file')}, got {len(files) - len(missing)}; "
+        f"missing: {names(shown)};{where}"
+    )
+
+
+def _shown(name: str) -> str:
+    """The name of a file; of a very long one its beginning."""
+    return name if len(name) <= 120 else f"{name[:120]}..."
 
 
 def _stays_inside(name: str) -> bool:
@@ -365,9 +383,15 @@ def _unmatched_scales(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Editors of Windows put a byte-order mark before it, which is passed over."""
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: expected a file to read, got {error.strerror}; did the download finish?"
+            f"{_again(file.parent)}"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: expected JSON, {error}; download it again") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(fields).__name__}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import open_checkpoint
-from gptoss_jax.weights.names import entries
+from gptoss_jax.weights.names import LAYOUTS, entries
 
 GROUPS = ("embed", "unembed", "attention", "router", "experts", "norms")
 
@@ -44,6 +44,8 @@ def describe(source: ModelConfig | str | Path | Transformer, *, layout: str = "h
             "origin for the checkpoint it was loaded from"
         )
     if isinstance(source, ModelConfig):
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
         config, itemsizes = source, {}
     else:
         checkpoint = open_checkpoint(source)

@@ -7,7 +7,7 @@ names and get their own at the end, so a folder with a config.json in it is a fi
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.folders import user_folder
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import INDEX, pieces
+from gptoss_jax.weights.fingerprint import ADAPTER
 from gptoss_jax.weights.listing import listing
 from gptoss_jax.weights.load import pack_rows, parameter_dtype, unpack_rows
 from gptoss_jax.weights.names import Entry, entries
@@ -63,14 +65,14 @@ def export(
     `generation` is the content of generation_config.json; without it the model's own is copied.
     Where several processes hold the model, all of them must call this; the first one writes.
     """
-    if experts not in ("packed", "bf16"):
-        raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
+    _check_arguments(model, experts, max_shard_bytes, generation)
     kind, arrays = parameter_dtype(dtype), arrays_of(model)
     table = entries(model.config, "hf" if experts == "packed" else "bf16")
     _check_arrays(model, arrays)
     specs = {e.key: Spec(np.dtype(np.uint8) if e.published.is_bytes else kind, e.published.shape)
              for e in table}  # fmt: skip
-    folder, converted = Path(folder).expanduser(), _converted(arrays, table, kind, requantize)
+    folder = user_folder("folder", folder, "a new or empty folder")
+    converted = _converted(arrays, table, kind, requantize)
 
     def write() -> None:
         texts = _texts(model, experts, generation)
@@ -90,6 +92,29 @@ def export(
     return folder
 
 
+def _check_arguments(
+    model: Any, experts: Any, max_shard_bytes: Any, generation: Mapping[str, Any] | None
+) -> None:
+    check_model(model)
+    if experts not in ("packed", "bf16"):
+        raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
+    whole = isinstance(max_shard_bytes, int | np.integer) and not isinstance(max_shard_bytes, bool)
+    if not whole or max_shard_bytes <= 0:
+        raise ValueError(
+            f"max_shard_bytes: expected a positive whole number of bytes, got {max_shard_bytes!r}; "
+            "5 GB are 5_000_000_000"
+        )
+    try:
+        fine = generation is None or isinstance(generation, Mapping) and _json(generation)
+    except (TypeError, ValueError, RecursionError):
+        fine = False
+    if not fine:
+        raise ValueError(
+            "generation: expected what a generation_config.json may hold, such as "
+            f"{{'temperature': 0.7}}, or None, got {generation!r}"
+        )
+
+
 def _check_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> None:
     layout = "hf" if is_packed(model) else "bf16"
     expected = {entry.name: entry.shape for entry in entries(model.config, layout)}
@@ -102,8 +127,15 @@ def _check_arrays(model: Transformer, arrays: Mapping[str, jax.Array]) -> None:
         if tuple(array.shape) != expected.get(name)
     ]
     if problems:
-        title = "model: expected the parameters of its config and nothing else, got"
-        raise ValueError(listing(title, problems, advice="merge adapters into the weights first"))
+        count = f"{len(problems)} problem" + "s" * (len(problems) != 1)
+        title = f"model: expected the parameters of its config and nothing else, got {count}"
+        raise ValueError(listing(title, problems, advice=_advice(arrays)))
+
+
+def _advice(names: Iterable[str]) -> str:
+    if any(ADAPTER in name.split(".") for name in names):
+        return "merge adapters into the weights first"
+    return "export the model without modules of your own: take them out, or load it again"
 
 
 def _converted(
@@ -204,4 +236,4 @@ def _texts(
 
 
 def _json(fields: Mapping[str, Any]) -> str:
-    return json.dumps(fields, indent=2) + "\n"
+    return json.dumps(dict(fields), indent=2) + "\n"

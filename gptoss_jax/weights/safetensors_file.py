@@ -77,14 +77,13 @@ def _read_exactly(file: Path, offset: int, into: np.ndarray) -> None:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, by name. Raises CheckpointError unless they fill it exactly."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        header_bytes = _header_length(file, stream, size)
-        try:
-            header = json.loads(stream.read(header_bytes))
-        except ValueError as error:
-            problem = f"expected a JSON header of {header_bytes} bytes, got {error}"
-            raise _broken(file, problem) from None
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            header_bytes = _header_length(file, stream, size)
+            header = _header(file, stream.read(header_bytes))
+    except OSError as error:
+        raise _broken(file, f"expected a file to read, got {error.strerror}") from None
     if not isinstance(header, dict):
         raise _broken(file, f"expected a JSON object as header, got {type(header).__name__}")
     header.pop("__metadata__", None)
@@ -92,6 +91,14 @@ def read_header(file: Path) -> dict[str, Tensor]:
     tensors = {name: _tensor(file, name, entry, first) for name, entry in header.items()}
     _check_extents(file, tensors, first, size)
     return tensors
+
+
+def _header(file: Path, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"expected a JSON header of {len(text)} bytes, got {error}"
+        raise _broken(file, problem) from None
 
 
 def _header_length(file: Path, stream: BinaryIO, size: int) -> int:
