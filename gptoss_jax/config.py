@@ -6,17 +6,22 @@ spellings. The letters in comments are those of `shapes.py`.
 """
 
 import dataclasses
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from gptoss_jax.config_json import (
     HF_FIXED,
     HF_NAMES,
+    MOST,
     SWIGLU_ALPHA,
     ConfigError,
+    not_gpt_oss,
     read_hf,
     read_original,
+    spelled,
+    stretched_context,
 )
 
 
@@ -53,37 +58,16 @@ class ModelConfig:
     context_limit: int | None = None  # tokens; None is all that the rotary embedding allows
 
     def __post_init__(self):
-        problems = [
-            f"{name}: expected a positive {_kind(whole)}, got {value!r}"
-            for name, value, whole in _numbers(self)
-            if not _is_positive(value, whole)
-        ]
-        if not problems:
-            problems = self._contradictions()
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        problems = _problems({**own, "rope": vars(self.rope)}, {})
         if problems:
             raise ConfigError("; ".join(problems))
-
-    def _contradictions(self) -> list[str]:
-        problems = []
-        if self.num_heads % self.num_kv_heads:
-            problems.append(
-                f"num_heads: expected a multiple of num_kv_heads={self.num_kv_heads}, "
-                f"got {self.num_heads}"
-            )
-        if self.head_dim % 2:
-            problems.append(f"head_dim: expected an even number, got {self.head_dim}")
-        if self.experts_per_token > self.num_experts:
-            problems.append(
-                f"experts_per_token: expected at most num_experts={self.num_experts}, "
-                f"got {self.experts_per_token}"
-            )
-        return problems
 
     @property
     def max_context(self) -> int:
         """Longest sequence, in tokens: what the rotary embedding was stretched for, unless the
         config wants it shorter."""
-        stretched = round(self.rope.original_context * self.rope.scaling_factor)
+        stretched = stretched_context(vars(self.rope))
         return min(stretched, self.context_limit or stretched)
 
     def window(self, layer: int) -> int | None:
@@ -129,15 +113,18 @@ class ModelConfig:
         `rope_parameters` that holds both. Everything that would change the forward pass must have
         the value this package implements; `config_json.remarks_on` says what is not read.
         """
-        return cls._from(read_hf(fields))
+        return cls._from(read_hf(fields), "config.json", spelled(fields))
 
     @classmethod
     def from_original(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """Read the parsed `original/config.json`."""
-        return cls._from(read_original(fields))
+        return cls._from(read_original(fields), "original/config.json", spelled(fields))
 
     @classmethod
-    def _from(cls, found: dict[str, Any]) -> "ModelConfig":
+    def _from(cls, found: dict[str, Any], file: str, spellings: Mapping[str, str]) -> "ModelConfig":
+        problems = _problems(found, spellings)
+        if problems:
+            raise ConfigError(not_gpt_oss(file, problems))
         rope = RopeConfig(**found.pop("rope"))
         return cls(rope=rope, **found)
 
@@ -177,22 +164,56 @@ class ModelConfig:
         return fields
 
 
-def _numbers(config: ModelConfig) -> list[tuple[str, Any, bool]]:
-    """Every number of a config, by its name, and whether it must be a whole one."""
-    fields = [("", config, field) for field in dataclasses.fields(config)]
-    fields += [("rope.", config.rope, field) for field in dataclasses.fields(RopeConfig)]
-    numbers = [
-        (prefix + field.name, getattr(owner, field.name), field.type is not float)
-        for prefix, owner, field in fields
-        if field.name != "rope"
+def _problems(found: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """What is wrong with the fields of a config, those of RopeConfig under `rope`; said with the
+    names of a file where it has others."""
+    numbers = {name: value for name, value in found.items() if name != "rope"}
+    numbers |= {f"rope.{name}": value for name, value in found["rope"].items()}
+    if numbers.get("context_limit") is None:
+        numbers.pop("context_limit", None)
+    problems = [
+        f"{names.get(name, name)}: expected a positive {_kind(name)}, got {reprlib.repr(value)}"
+        for name, value in numbers.items()
+        if not _is_positive(value, name)
     ]
-    return [n for n in numbers if n[:2] != ("context_limit", None)]
+    return problems or _contradictions(numbers, names)
 
 
-def _is_positive(value: Any, whole: bool) -> bool:
-    kinds = int if whole else int | float
-    return isinstance(value, kinds) and type(value) is not bool and 0 < value < math.inf
+def _contradictions(numbers: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    heads, kv_heads, head_dim, experts, per_token, context, factor = (
+        (names.get(name, name), numbers[name])
+        for name in (
+            *("num_heads", "num_kv_heads", "head_dim", "num_experts", "experts_per_token"),
+            *("rope.original_context", "rope.scaling_factor"),
+        )
+    )
+    checks = [
+        (heads, heads[1] % kv_heads[1] == 0, f"a multiple of {kv_heads[0]}={kv_heads[1]}"),
+        (head_dim, head_dim[1] % 2 == 0, "an even number"),
+        (per_token, per_token[1] <= experts[1], f"at most {experts[0]}={experts[1]}"),
+        (
+            factor,
+            factor[1] >= 1 and context[1] * factor[1] <= MOST,
+            f"at least 1, and a stretched context of at most {MOST} tokens",
+        ),
+    ]
+    return [
+        f"{name}: expected {expected}, got {value!r}"
+        for (name, value), fine, expected in checks
+        if not fine
+    ]
 
 
-def _kind(whole: bool) -> str:
-    return "whole number" if whole else "number"
+def _is_whole(name: str) -> bool:
+    owner = RopeConfig if name.startswith("rope.") else ModelConfig
+    return owner.__annotations__[name.removeprefix("rope.")] is not float
+
+
+def _is_positive(value: Any, name: str) -> bool:
+    whole = _is_whole(name)
+    fits = isinstance(value, int if whole else int | float) and type(value) is not bool
+    return fits and 0 < value <= (MOST if whole else sys.float_info.max)
+
+
+def _kind(name: str) -> str:
+    return "whole number" if _is_whole(name) else "number"

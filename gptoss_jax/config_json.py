@@ -9,6 +9,8 @@ no files; config.py has what comes out.
 import difflib
 import math
 import re
+import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ class ConfigError(ValueError):
 
 NORM_EPS = 1e-5  # not in original/config.json: fixed in the reference code
 SWIGLU_ALPHA = 1.702  # the same
+MOST = 2**31 - 1  # the largest size of an axis, and position
 SWIGLU_LIMIT = 7.0  # of a file that does not say
 
 HF_NAMES = {
@@ -113,12 +116,25 @@ def read_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     return _HfReader(fields).read()
 
 
+def spelled(fields: Mapping[str, Any]) -> dict[str, str]:
+    """How a file spells each field of ModelConfig; those of RopeConfig are `rope.theta`, ..."""
+    if "model_type" not in fields:
+        names, ropes = _ORIGINAL_NAMES, {ours: theirs for theirs, ours in _ORIGINAL_ROPE.items()}
+    else:
+        place = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+        names = HF_NAMES
+        ropes = {ours: f"{place}.{theirs}" for ours, theirs in _ROPE_NAMES.items()}
+        ropes["theta"] = "rope_theta"
+    found = {ours: theirs for theirs, ours in names.items()}
+    return found | {f"rope.{ours}": theirs for ours, theirs in ropes.items()}
+
+
 def read_original(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The same of `original/config.json`."""
     fields, known = _present(fields), _ORIGINAL_NAMES | _ORIGINAL_ROPE
     problems = _touching_keys(fields, known) + _missing_keys(fields, known)
     if problems:
-        raise ConfigError(_not_gpt_oss("original/config.json", problems))
+        raise ConfigError(not_gpt_oss("original/config.json", problems))
     return {
         **{ours: fields[theirs] for theirs, ours in _ORIGINAL_NAMES.items()},
         "rope": _rope_numbers({ours: fields[theirs] for theirs, ours in _ORIGINAL_ROPE.items()}),
@@ -178,10 +194,11 @@ class _HfReader:
                 self.problems.append(f"{key}: expected {value!r}, got {fields[key]!r}")
         rope = self._rope()
         self._check_agreement(rope)
+        self._check_layer_types()
         self._check_quantization()
         limit = self._context_limit(rope)
         if self.problems:
-            raise ConfigError(_not_gpt_oss("config.json", self.problems))
+            raise ConfigError(not_gpt_oss("config.json", self.problems))
         fields = {"swiglu_limit": SWIGLU_LIMIT, **fields}
         return {
             **{ours: fields[theirs] for theirs, ours in HF_NAMES.items()},
@@ -227,7 +244,7 @@ class _HfReader:
             problems.append(f"rope_theta: expected one value, got {got}; remove the wrong one")
         elif not _is_number(numbers["rope_theta"]):
             problems.append(
-                f"rope_theta: expected a positive number, got {numbers['rope_theta']!r}"
+                f"rope_theta: expected a positive number, got {reprlib.repr(numbers['rope_theta'])}"
             )
         self.problems += problems
         if problems:
@@ -243,13 +260,29 @@ class _HfReader:
         }
         if rope:
             expected["initial_context_length"] = rope["original_context"]
-        layers = fields.get("num_hidden_layers")
-        if isinstance(layers, int):
-            pair = ["sliding_attention", "full_attention"]
-            expected["layer_types"] = (pair * layers)[:layers]
         for key, value in expected.items():
             if key in fields and value is not None and fields[key] != value:
-                self.problems.append(f"{key}: expected {value!r}, got {fields[key]!r}")
+                self.problems.append(f"{key}: expected {value!r}, got {reprlib.repr(fields[key])}")
+
+    def _check_layer_types(self) -> None:
+        """They take turns, as many as there are layers."""
+        found, layers = self.fields.get("layer_types", []), self.fields.get("num_hidden_layers")
+        if "layer_types" not in self.fields or not (_is_number(layers) and layers <= MOST):
+            return
+        if not isinstance(found, list):
+            self.problems.append(f"layer_types: expected a list, got {reprlib.repr(found)}")
+        elif len(found) != layers:
+            self.problems.append(
+                f"layer_types: expected one for each of num_hidden_layers={layers}, "
+                f"got {len(found)}"
+            )
+        else:
+            wrong = [n for n, kind in enumerate(found) if kind != _LAYER_TYPES[n % 2]]
+            self.problems += [
+                f"layer_types[{n}]: expected {_LAYER_TYPES[n % 2]!r}, got {reprlib.repr(found[n])}"
+                + (f" ({len(wrong)} of {layers} are wrong)" if len(wrong) > 1 else "")
+                for n in wrong[:1]
+            ]
 
     def _check_quantization(self) -> None:
         found = self.fields.get("quantization_config") or {}
@@ -274,6 +307,7 @@ class _HfReader:
         return limit if rope and limit < stretched_context(rope) else None
 
 
+_LAYER_TYPES = ("sliding_attention", "full_attention")  # of even and of odd layers
 _ROPE_NAMES = {
     "theta": "rope_theta",
     "scaling_factor": "factor",
@@ -284,7 +318,7 @@ _ROPE_NAMES = {
 
 
 def stretched_context(rope: Mapping[str, Any]) -> int:
-    """How many positions the rotary embedding was stretched for."""
+    """How many positions the rotary embedding was stretched for; at most MOST."""
     return round(rope["original_context"] * rope["scaling_factor"])
 
 
@@ -293,12 +327,16 @@ def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
     needed = [name for name in _ROPE_NAMES.values() if name != "rope_theta"]
     problems = _unknown_keys(rope, _ROPE_KEYS) + _missing_keys(rope, needed)
     problems += [
-        f"{key}: expected a positive number, got {rope[key]!r}"
+        f"{key}: expected a positive number, got {reprlib.repr(rope[key])}"
         for key in needed
         if key in rope and not _is_number(rope[key])
     ]
     if problems:
         return problems
+    context = rope["original_max_position_embeddings"] * rope["factor"]
+    if not rope["factor"] >= 1 or context > MOST:
+        most = f"at least 1, and a stretched context of at most {MOST} tokens"
+        return [f"factor: expected {most}, got {reprlib.repr(rope['factor'])}"]
     concentration = 0.1 * math.log(max(rope["factor"], 1.0)) + 1.0  # YaRN's, where nothing is said
     stated = rope.get("attention_factor", concentration)
     close = _is_number(stated) and math.isclose(stated, concentration, rel_tol=1e-6)
@@ -325,13 +363,13 @@ def _rope_numbers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_float(value: Any) -> Any:
-    return float(value) if type(value) is int else value
+    return float(value) if type(value) is int and abs(value) <= sys.float_info.max else value
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number above zero."""
+    """Whether it is a number above zero that a float can hold."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and math.isfinite(value) and value > 0
+    return real and 0 < value <= sys.float_info.max
 
 
 def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -372,5 +410,8 @@ def _missing_keys(fields: Mapping[str, Any], needed: Iterable[str]) -> list[str]
     return [f"{key}: missing" for key in needed if key not in fields]
 
 
-def _not_gpt_oss(file: str, problems: list[str]) -> str:
-    return f"{file} does not describe a gpt-oss model this package can run: " + "; ".join(problems)
+def not_gpt_oss(file: str, problems: list[str]) -> str:
+    return (
+        f"{file} does not describe a gpt-oss model this package can run: {'; '.join(problems)}; "
+        "compare it with the published one, or download it again"
+    )

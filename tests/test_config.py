@@ -153,23 +153,23 @@ def test_to_hf_says_what_the_published_file_says():
         (changed(tie_word_embeddings=True), "tie_word_embeddings: expected False, got True"),
         (changed(attention_bias=False), "attention_bias: expected True, got False"),
         (changed(hidden_act="gelu"), "hidden_act: expected 'silu', got 'gelu'"),
-        (changed(layer_types=["full_attention"] * 24), "layer_types: expected ['sliding_attention"),
+        (changed(layer_types=["full_attention"] * 24), "layer_types[0]: expected 'sliding_"),
         (
             changed(layer_types=["sliding_attention", "full_attention"] * 11),
-            "layer_types: expected",
+            "layer_types: expected one for each of num_hidden_layers=24, got 22",
         ),
         (changed(experts_per_token=8), "experts_per_token: expected 4, got 8"),
         (changed(initial_context_length=8192), "initial_context_length: expected 4096, got 8192"),
         (changed(max_position_embeddings=0), "max_position_embeddings: expected a positive whole"),
         (changed(max_position_embeddings="4k"), "expected a positive whole number, got '4k'"),
         (changed(quantization_config={"quant_method": "awq"}), "quant_method: expected 'mxfp4'"),
-        (changed(num_attention_heads=60), "num_heads: expected a multiple of num_kv_heads=8"),
-        (changed(num_local_experts=2), "experts_per_token: expected at most num_experts=2"),
+        (changed(num_attention_heads=60), "num_attention_heads: expected a multiple of num_key"),
+        (changed(num_local_experts=2), "num_experts_per_tok: expected at most num_local_exp"),
         (changed(head_dim=63), "head_dim: expected an even number, got 63"),
         (changed(sliding_window=0), "sliding_window: expected a positive whole number, got 0"),
         (
             changed(num_key_value_heads=True),
-            "num_kv_heads: expected a positive whole number, got True",
+            "num_key_value_heads: expected a positive whole number, got True",
         ),
     ],
 )
@@ -199,7 +199,7 @@ def test_all_problems_are_told_at_once():
     [
         ({"num_expert": 3}, "num_expert: unknown key (did you mean num_experts?)"),
         ({"rope_ntk_beta": None}, "rope_ntk_beta: missing"),
-        ({"num_hidden_layers": -1}, "num_layers: expected a positive whole number, got -1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: expected a positive whole number, got -1"),
     ],
 )
 def test_bad_original_config(change, message):
@@ -298,7 +298,19 @@ def test_what_does_not_change_the_forward_pass_is_no_reason_to_refuse(fields):
         (changed(auto_map={"AutoModel": "x.Y"}), "auto_map: unknown key (code of the checkpoint"),
         (changed(quantization_config={"bits": 4, "group_size": 64}), "expected 'mxfp4' or no"),
         (changed(quantization_config="mxfp8"), "expected 'mxfp4' or no quantization_config, got"),
-        (changed(rms_norm_eps=float("nan")), "norm_eps: expected a positive number, got nan"),
+        (changed(rms_norm_eps=float("nan")), "rms_norm_eps: expected a positive number, got nan"),
+        (changed(rms_norm_eps="1e-5"), "run: rms_norm_eps: expected a positive number, got '1e-5'"),
+        (changed(vocab_size=1024.0), "vocab_size: expected a positive whole number, got 1024.0"),
+        (changed(num_key_value_heads=3), "expected a multiple of num_key_value_heads=3, got 64"),
+        (changed(num_hidden_layers=10**400), "num_hidden_layers: expected"),
+        (changed(num_hidden_layers=23), "expected one for each of num_hidden_layers=23, got 24"),
+        (changed(layer_types=["x"] * 24), "layer_types[0]: expected 'sliding_attention', got 'x'"),
+        (changed(layer_types="sliding"), "layer_types: expected a list, got 'sliding'"),
+        (changed_rope(factor=1e308), "rope_scaling.factor: expected at least 1, and a stretched"),
+        (changed_rope(factor=10**400), "rope_scaling.factor: expected a positive number, got 1000"),
+        (changed_rope(factor=1e-9), "rope_scaling.factor: expected at least 1, and a stretched"),
+        (changed(rope_theta=10**400), "rope_theta: expected a positive number, got 1000"),
+        (changed_rope(beta_fast=float("inf")), "beta_fast: expected a positive number, got inf"),
     ],
 )
 def test_what_may_change_the_forward_pass_is(fields, message):
@@ -366,3 +378,30 @@ def test_every_key_that_an_older_transformers_writes_is_known_to_be_harmless():
     }  # fmt: skip
 
     assert ModelConfig.from_hf({**PUBLISHED, **older}) == ModelConfig.preset("20b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple of num_key_value_"),
+        ({"rope_scaling_factor": 1e308}, "rope_scaling_factor: expected at least 1, and a stretch"),
+        ({"rope_scaling_factor": 10**400}, "rope_scaling_factor: expected a positive number"),
+        ({"rope_ntk_alpha": "1"}, "rope_ntk_alpha: expected a positive number, got '1'"),
+    ],
+)
+def test_the_original_file_is_told_in_its_own_names(fields, message):
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_original({**PUBLISHED_ORIGINAL, **fields})
+
+    assert str(error.value).startswith("original/config.json does not describe a gpt-oss model")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("factor", [1e-9, 0.5, 1e308])
+def test_a_config_made_by_hand_has_a_context(factor):
+    preset = ModelConfig.preset("20b")
+    rope = dataclasses.replace(preset.rope, scaling_factor=factor)
+
+    with pytest.raises(ConfigError, match=r"^rope\.scaling_factor: expected"):
+        dataclasses.replace(preset, rope=rope)

@@ -49,6 +49,15 @@ CALLS = {
     "model('hi')": r"tokens: expected Int\[B T\], got 'hi'",
     "gj.tokenizer_of('20b')": r"model: expected a Transformer, got '20b'",
     "gj.load(5)": r"path: expected a checkpoint folder",
+    "gj.load(adapter=5)": r"adapter: expected a folder with adapter\.json .*got 5",
+    "gj.export('x', 'y')": r"model: expected a Transformer, got 'x'",
+    "gj.export(model, 5)": r"folder: expected a new or empty folder, got 5",
+    "gj.export(model, '')": r"folder: expected a new or empty folder, got ''",
+    "gj.export(model, 'y', max_shard_bytes='5GB')": r"max_shard_bytes: expected .*got '5GB'",
+    "gj.export(model, 'y', max_shard_bytes=0)": r"max_shard_bytes: expected .*got 0",
+    "gj.export(model, 'y', generation=[1])": r"generation: expected .*got \[1\]",
+    "gj.export(model, 'y', generation={'top_k': {5}})": r"generation: expected .*got .*{5}",
+    "gj.describe(model.config, layout='x')": r"layout: expected one of hf, .*got 'x'",
     "gj.load('x', experts='int4')": r"experts: expected .*got 'int4'",
 }  # fmt: skip
 PROGRAM = """

@@ -66,7 +66,7 @@ def save_adapter(
     `base` None is found out by `base_of`. `options` are for people to read. Where several processes
     hold the model, all of them must call this; the first one writes.
     """
-    there = adapters(model)
+    there = adapters(model) if isinstance(model, Transformer) else {}
     if not there:
         raise ValueError(
             "model: expected one with adapters, got one without; add_lora adds them, and `export` "

@@ -16,6 +16,7 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.folders import user_folder
+from gptoss_jax.model.inputs import described
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import INDEX, pieces
 from gptoss_jax.weights.fingerprint import ADAPTER
@@ -95,7 +96,11 @@ def export(
 def _check_arguments(
     model: Any, experts: Any, max_shard_bytes: Any, generation: Mapping[str, Any] | None
 ) -> None:
-    check_model(model)
+    if not isinstance(model, Transformer):
+        raise ValueError(
+            f"model: expected a Transformer, got {described(model)}; gptoss_jax.load(FOLDER) makes "
+            "one"
+        )
     if experts not in ("packed", "bf16"):
         raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")
     whole = isinstance(max_shard_bytes, int | np.integer) and not isinstance(max_shard_bytes, bool)
@@ -105,7 +110,7 @@ def _check_arguments(
             "5 GB are 5_000_000_000"
         )
     try:
-        fine = generation is None or isinstance(generation, Mapping) and _json(generation)
+        fine = generation is None or (isinstance(generation, Mapping) and _json(generation))
     except (TypeError, ValueError, RecursionError):
         fine = False
     if not fine:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes against the published figures, and against the tensors of a folder."""
 
+import jaxtyping
 import pytest
 from checkpoints import checkpoint_arrays, write_checkpoint
 
@@ -52,3 +53,12 @@ def test_a_folder_is_described_from_its_headers(config, tmp_path, layout):
 def test_a_model_is_told_what_to_give_instead():
     with pytest.raises(ValueError, match="expected a checkpoint or a ModelConfig, got a model"):
         describe(gj.load())
+
+
+@pytest.mark.parametrize("layout", ["x", "HF", None])
+def test_a_layout_that_there_is_not(layout, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(
+        ValueError, match=f"layout: expected one of hf, original, bf16, got {layout!r}"
+    ):
+        describe(ModelConfig.preset("20b"), layout=layout)

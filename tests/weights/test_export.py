@@ -190,7 +190,20 @@ def test_a_model_with_other_parameters_is_refused(config, tmp_path):
 
     assert "blocks.1.attn.adapter: unknown, got [3, 2]" in str(caught.value)
     assert "blocks.0.attn.sinks: expected [6], got [8]" in str(caught.value)
+    assert "and nothing else, got 2 problems:" in str(caught.value)
     assert "merge adapters" in str(caught.value)
+
+
+def test_a_module_around_a_block_is_to_be_taken_out(config, tmp_path):
+    model = load(write_checkpoint(config, tmp_path / "source"))
+    model.blocks[0].extra = nnx.Param(jnp.zeros((3, 2)))
+
+    with pytest.raises(ValueError) as caught:
+        export(model, tmp_path / "copy")
+
+    assert "got 1 problem:\n  blocks.0.extra: unknown, got [3, 2]" in str(caught.value)
+    assert "without modules of your own" in str(caught.value)
+    assert "adapters" not in str(caught.value)
 
 
 def test_unknown_options_are_refused(config, tmp_path):
