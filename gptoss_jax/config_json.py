@@ -267,7 +267,7 @@ class _HfReader:
     def _check_layer_types(self) -> None:
         """They take turns, as many as there are layers."""
         found, layers = self.fields.get("layer_types", []), self.fields.get("num_hidden_layers")
-        if "layer_types" not in self.fields or not (_is_number(layers) and layers <= MOST):
+        if "layer_types" not in self.fields or not isinstance(layers, int) or layers > MOST:
             return
         if not isinstance(found, list):
             self.problems.append(f"layer_types: expected a list, got {reprlib.repr(found)}")

@@ -56,7 +56,7 @@ CALLS = {
     "gj.export(model, 'y', max_shard_bytes='5GB')": r"max_shard_bytes: expected .*got '5GB'",
     "gj.export(model, 'y', max_shard_bytes=0)": r"max_shard_bytes: expected .*got 0",
     "gj.export(model, 'y', generation=[1])": r"generation: expected .*got \[1\]",
-    "gj.export(model, 'y', generation={'top_k': {5}})": r"generation: expected .*got .*{5}",
+    "gj.export(model, 'y', generation={'top_k': {5}})": r"generation: expected .*got .*\{5\}",
     "gj.describe(model.config, layout='x')": r"layout: expected one of hf, .*got 'x'",
     "gj.load('x', experts='int4')": r"experts: expected .*got 'int4'",
 }  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.config_json import remarks_on
+from gptoss_jax.config_json import ConfigError, remarks_on
 from gptoss_jax.folders import checkpoint_folder, finish_command
 from gptoss_jax.mxfp4 import check_mxfp4
 from gptoss_jax.weights.causes import likely_cause
@@ -148,11 +148,12 @@ def open_checkpoint(path: str | Path | None) -> Checkpoint:
     fields = _read_json(folder / "config.json")
     tensors = _find_tensors(folder)
     original = "model_type" not in fields and "architectures" not in fields
-    if original:
-        config, layout = ModelConfig.from_original(fields), "original"
-    else:
-        config = ModelConfig.from_hf(fields)
-        layout = "hf" if any(key.endswith("_blocks") for key in tensors) else "bf16"
+    try:
+        config = (ModelConfig.from_original if original else ModelConfig.from_hf)(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    packed = any(key.endswith("_blocks") for key in tensors)
+    layout = "original" if original else "hf" if packed else "bf16"
     table = entries(config, layout)
     idle = _idle(table, tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in idle}

@@ -12,6 +12,7 @@ from checkpoints import checkpoint_arrays, write_checkpoint
 from safetensors.flax import save_file
 
 from gptoss_jax.config import ConfigError
+from gptoss_jax.generation_config import read_generation_config
 from gptoss_jax.weights.checkpoint import open_checkpoint
 from gptoss_jax.weights.load import load
 from gptoss_jax.weights.safetensors_file import CheckpointError
@@ -307,3 +308,53 @@ def test_opening_reads_no_weights(config, folder):
     os.truncate(file, size)  # all zeros now
 
     assert open_checkpoint(folder).config == config
+
+
+# What only other tools, or nobody, would write
+
+
+def test_an_error_of_a_config_names_its_folder(folder):
+    edit(folder / "config.json", lambda fields: fields.update(rms_norm_eps="1e-5"))
+
+    with pytest.raises(ConfigError) as caught:
+        load(folder)
+
+    assert str(caught.value).startswith(f"{folder}: config.json does not describe a gpt-oss model")
+    assert "rms_norm_eps: expected a positive number, got '1e-5'; compare" in str(caught.value)
+
+
+def test_byte_order_marks_are_passed_over(config, sharded):
+    expected = read_generation_config(str(sharded), config.vocab_size)
+    for name in ("config.json", "model.safetensors.index.json", "generation_config.json"):
+        (sharded / name).write_text("\ufeff" + (sharded / name).read_text(), encoding="utf-8")
+
+    assert open_checkpoint(sharded).config == config
+    assert read_generation_config(str(sharded), config.vocab_size) == expected
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_nested_too_deep(sharded, name):
+    (sharded / name).write_text("[" * 200_000)
+
+    assert f"{name}: expected JSON, " in message(sharded)
+
+
+def test_a_header_that_is_nested_too_deep(folder):
+    text = b"[" * 200_000
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+    assert "expected a JSON header of 200000 bytes, got" in message(folder)
+
+
+def test_a_name_that_no_file_can_have(sharded):
+    index = sharded / "model.safetensors.index.json"
+    edit(index, lambda fields: fields["weight_map"].update({ROUTER: "x" * 300}))
+
+    assert re.search(r"missing: x{120}\.\.\.;? download", message(sharded))
+
+
+def test_a_folder_with_the_name_of_a_file(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+    assert "expected 1 file, got 0; missing: model.safetensors; download" in message(folder)
