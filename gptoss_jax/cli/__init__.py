@@ -1,49 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gptoss` command: one file a subcommand, each a typed dataclass that tyro reads.
+"""The `gptoss` command, from its arguments to its exit status. commands.py has the subcommands.
 
 stdout holds what was asked for and nothing else; remarks and errors go to stderr, a line each that
 begins with `gptoss:`, and with --json the error is on stdout, too: {"error": {"type", "message"}}.
-Nothing heavy is imported before a subcommand runs: --help and --version know no jax.
-STATUSES is the table of exit statuses.
+Ctrl-C is watched before anything is imported that takes time.
 """
 
-import contextlib
-import inspect
 import io
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import tyro
-
-import gptoss_jax
-from gptoss_jax.cli.bench import Bench
-from gptoss_jax.cli.chat import Chat
-from gptoss_jax.cli.data import Data
+from gptoss_jax.cli import interrupts
 from gptoss_jax.cli.errors import INTERRUPTED, fail, print_error
-from gptoss_jax.cli.finetune import Finetune
-from gptoss_jax.cli.generate import Generate
-from gptoss_jax.cli.info import Info
-from gptoss_jax.cli.mistakes import explain, near, one_of
-from gptoss_jax.cli.processes import leave
 
-COMMANDS = {
-    "chat": Chat,
-    "generate": Generate,
-    "finetune": Finetune,
-    "data": Data,
-    "info": Info,
-    "bench": Bench,
-}
-STATUSES = {
-    0: "done",
-    1: "no answer came, or data that does not pass, or something failed inside",
-    2: "a mistake in the arguments or files, named in one line; a missing file, too",
-    75: "fine-tuning was stopped: the same command goes on with it",
-    130: "interrupted (Ctrl-C)",
-    141: "whoever read the output has gone",
-}
 CLOSED_PIPE = 141
 
 
@@ -52,87 +23,72 @@ def run(arguments: Sequence[str]) -> int:
     before = list(arguments)[: arguments.index("--") if "--" in arguments else None]
     debug, as_json = "--debug" in before, "--json" in before
     try:
-        status = _run(list(arguments))
+        from gptoss_jax.cli.commands import do
+
+        status = do(list(arguments))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        if as_json:
-            print_error("KeyboardInterrupt", "interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader has gone; Python must not try to flush what is left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return interrupted(as_json)
+    except BrokenPipeError:  # the reader has gone
+        forget_output()
         return CLOSED_PIPE
     except Exception as error:
-        return fail(error, debug=debug, as_json=as_json)
+        if interrupts.asked():  # what else it became on its way
+            return interrupted(as_json)
+        status = fail(error, debug=debug, as_json=as_json)
+        if isinstance(error, OSError):
+            flush_or_forget()
+        return status
 
 
-def _run(arguments: list[str]) -> int:
-    word = arguments[0] if arguments else ""
-    if word in ("-h", "--help", "help"):
-        print("\n".join(overview()))
-    elif word in ("-V", "--version", "version"):
-        print(gptoss_jax.__version__)
-    elif word in COMMANDS:
-        return parsed(word, arguments[1:]).run()
-    elif word.startswith("--tyro-"):  # scripts with which shells complete words
-        return completed(arguments)
-    else:
-        raise ValueError(
-            f"COMMAND: expected {one_of(list(COMMANDS))}, got {repr(word) if word else 'none'}"
-            f"{near(word, COMMANDS)}; `gptoss --help` says what they do"
-        )
-    return 0
+def interrupted(as_json: bool) -> int:
+    if as_json:
+        print_error("KeyboardInterrupt", "interrupted")
+    return INTERRUPTED
 
 
-def completed(arguments: list[str]) -> int:
-    """Let tyro print or write the script with which a shell completes words."""
+def flush_or_forget() -> None:
+    """Do not let Python try, and fail, once more to write what a full disk has refused."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptoss", args=arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+        sys.stdout.flush()
+    except OSError:
+        forget_output()
 
 
-def parsed(name: str, words: list[str]) -> Any:
-    """The subcommand, with its options. Raises ValueError with all that is wrong with them."""
-    prog, said = f"gptoss {name}", io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(COMMANDS[name], prog=prog, args=words, config=(tyro.conf.DisallowNone,))
-    except SystemExit as end:
-        if not end.code:
-            return Helped()
-    raise ValueError(explain(prog, COMMANDS[name], words, said.getvalue()))
+def forget_output() -> None:
+    """Let what is still to be written to stdout, and all after it, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Helped:
-    """In place of a subcommand of which only the options were asked for."""
+def open_streams() -> None:
+    """Let stdin, stdout and stderr be empty files where the caller has closed them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            file = open(os.devnull, "r" if number == 0 else "w", encoding="utf-8")  # noqa: SIM115
+            if file.fileno() != number:
+                os.dup2(file.fileno(), number)
+            setattr(sys, name, file)
 
-    def run(self) -> int:
-        return 0
 
-
-def overview() -> Iterator[str]:
-    """What `gptoss --help` prints."""
-    yield "usage: gptoss [-h] [-V] COMMAND ..."
-    yield "\nOpenAI's gpt-oss in JAX. Without --checkpoint, a tiny one that adds numbers."
-    yield "\ncommands (`gptoss COMMAND --help` lists the options of one):"
-    for name, command in COMMANDS.items():
-        yield f"  {name:9} {(inspect.getdoc(command) or '').partition(chr(10))[0]}"
-    yield "\noptions:"
-    yield "  -h, --help     show this"
-    yield "  -V, --version  show the version"
-    yield "\nexample:"
-    yield '  gptoss chat "What is 17+26?"'
-    yield "\nexit status:"
-    for status, meaning in STATUSES.items():
-        yield f"  {status:3}  {meaning}"
+def leave(status: int) -> None:
+    """Before a failed command ends: do not wait long for processes that wait for this one."""
+    module = sys.modules.get("gptoss_jax.distributed")  # jax takes long to import, and for nothing
+    if status and module and sys.modules["jax"].distributed.is_initialized():
+        module.leave_soon(status)
 
 
 def main() -> None:
     """The `gptoss` command."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without unicode shows `?`
-    status = run(sys.argv[1:])
-    leave(status)
+    interrupts.watch()
+    try:
+        open_streams()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without unicode shows `?`
+        status = run(sys.argv[1:])
+        leave(status)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, it says nothing
     sys.exit(status)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptoss_jax.cli import interrupts
 from gptoss_jax.cli.dialogue import Dialogue
 from gptoss_jax.cli.options import OfModel
 from gptoss_jax.cli.output import print_json, remark
@@ -72,7 +73,8 @@ class Chat(OfModel):
         turns = Turns(self, talk)
         if self.text is not None:
             return 0 if has_result(turns.answer(self.text)) else 1
-        return Dialogue(talk, turns.answer_or_stop, turns.tell_speed).run()
+        as_json = self.output.json
+        return Dialogue(talk, turns.answer_or_stop, turns.tell_speed, as_json=as_json).run()
 
     def conversation(self) -> "Conversation":
         """With the model loaded and nothing said."""
@@ -133,17 +135,17 @@ class Turns:
         self.finish(stream, reply)
         return reply
 
-    def answer_or_stop(self, text: str) -> None:
+    def answer_or_stop(self, text: str) -> "Reply":
         """The same, but on a terminal Ctrl-C ends the reply and not the conversation."""
         if not sys.stdin.isatty():
-            self.answer(text)
-            return
+            return self.answer(text)
         stream = self.stream(text)
         try:
             reply = self.read(stream)
         except KeyboardInterrupt:
             reply = stream.stop()
         self.finish(stream, reply)
+        return reply
 
     def stream(self, text: str) -> "ReplyStream":
         if self.watch is not None:
@@ -152,6 +154,8 @@ class Turns:
 
     def read(self, stream: "ReplyStream") -> "Reply":
         if self.chat.output.json:
+            for _ in stream:
+                interrupts.ask()
             return stream.reply()
         return show(stream, with_analysis=self.chat.show_analysis)
 
@@ -179,6 +183,10 @@ def json_list(file: Path) -> list[Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError("expected a JSON file, got nothing there; check the path") from None
+    except OSError as error:
+        raise ValueError(
+            f"expected a JSON file, got one that cannot be read ({error.strerror}); check the path"
+        ) from None
     except ValueError as error:
         raise ValueError(f"expected JSON, got {error}") from None
     if not isinstance(found, list):

@@ -4,6 +4,7 @@
 The package's own errors name Python's arguments; here they become options. Knows no subcommand.
 """
 
+import contextlib
 import re
 import sys
 import traceback
@@ -76,8 +77,9 @@ def fail(error: Exception, *, debug: bool, as_json: bool) -> int:
 
 
 def print_error(kind: str, text: str) -> None:
-    """The JSON object of a command that has failed."""
-    print_json({"error": {"type": kind, "message": text}})
+    """The JSON object of a command that has failed; nothing, where stdout was what failed."""
+    with contextlib.suppress(OSError):
+        print_json({"error": {"type": kind, "message": text}})
 
 
 def status_of(error: BaseException) -> int:

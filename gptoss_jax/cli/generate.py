@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptoss_jax.cli import interrupts
 from gptoss_jax.cli.options import OfModel
 from gptoss_jax.cli.output import print_json, printable, remark, write
 from gptoss_jax.cli.shown import usage
@@ -121,6 +122,7 @@ class Generate(OfModel):
         show, whole, arrived = self.shower(tokenizer), Completion([], [], None), []
         try:
             for (piece,) in pieces:
+                interrupts.ask()
                 whole.tokens += piece.tokens
                 whole.logprobs += piece.logprobs
                 whole.finish_reason = piece.finish_reason

@@ -5,7 +5,6 @@ Every process is given the same command. The first one prints; a mistake on one 
 with the same exit status, and each says what it was. ../distributed.py does the work.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
@@ -101,10 +100,3 @@ class Processes:
 
         lines = (f"{name}: {value}" for name, value in self.together(facts, what).items())
         distributed.agree(what, "\n".join(lines))
-
-
-def leave(status: int) -> None:
-    """Before a failed command ends: do not wait long for processes that wait for this one."""
-    module = sys.modules.get("gptoss_jax.distributed")  # jax takes long to import, and for nothing
-    if status and module and sys.modules["jax"].distributed.is_initialized():
-        module.leave_soon(status)

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
+from gptoss_jax.cli import interrupts
 from gptoss_jax.cli.output import printable, styled, write
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def show(stream: "ReplyStream", *, with_analysis: bool) -> "Reply":
     is_own = True  # until the model makes up what others say
     try:
         for event in stream:
+            interrupts.ask()
             if isinstance(event, Recovery):
                 is_own &= event.kind != "other_role"
             elif isinstance(event, MessageStart):

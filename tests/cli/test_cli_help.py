@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_jax import cli
+from gptoss_jax.cli.commands import COMMANDS
 from gptoss_jax.cli.mistakes import options_of
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_option(gptoss, name):
     status, out, err = gptoss(name, "--help")
 
     missing = [
-        one.names[0] for one in options_of(cli.COMMANDS[name]) if one.names[0] not in out
+        one.names[0] for one in options_of(COMMANDS[name]) if one.names[0] not in out
     ]  # fmt: skip
     assert (status, err, missing) == (0, "", [])
     for odd in ("(default: )", "(default: None)", "{None", "None,"):
@@ -41,7 +41,7 @@ def test_the_overview_has_commands_options_and_statuses(gptoss, word):
     status, out, err = gptoss(word)
 
     assert (status, err) == (0, "")
-    for name, command in cli.COMMANDS.items():
+    for name, command in COMMANDS.items():
         assert f"  {name:9} {inspect.getdoc(command).splitlines()[0]}" in out
     assert "-V, --version" in out
     assert all(f"{status:5}  " in out for status in (0, 1, 2, 75, 130, 141))
