@@ -158,14 +158,22 @@ def tokenizer_of(model: Transformer) -> Tokenizer:
     check_model(model)
     tokenizer = _candidate(model)
     if not _fits(tokenizer, model):
-        got = f"one of {tokenizer.vocab_size} ids" if tokenizer else "none"
         raise ValueError(
-            f"tokenizer: expected one for the model's V={model.config.vocab_size}, got {got} from "
-            f"{model.origin or 'a model made in memory'}; pass tokenizer= to chat, and to generate "
+            f"tokenizer: expected one for the model's V={model.config.vocab_size}, got "
+            f"{_what_there_is(tokenizer, model.origin)}; pass tokenizer= to chat, and to generate "
             "token ids and stop="
         )
     assert tokenizer is not None
     return tokenizer
+
+
+def _what_there_is(tokenizer: Tokenizer | None, origin: str | None) -> str:
+    """Of a tokenizer that does not fit, where it is from."""
+    if tokenizer is None:
+        return "none from a model made in memory"
+    if tokenizer.is_published:
+        return f"the published one of {tokenizer.vocab_size} ids, as {origin} declares none"
+    return f"one of {tokenizer.vocab_size} ids, which {origin} declares"
 
 
 def _candidate(model: Transformer) -> Tokenizer | None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from gptoss_jax.cli import interrupts
 from gptoss_jax.cli.errors import INTERRUPTED, fail, print_error
+from gptoss_jax.cli.output import package_remarks
 
 CLOSED_PIPE = 141
 
@@ -25,7 +26,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         from gptoss_jax.cli.commands import do
 
-        status = do(list(arguments))
+        with package_remarks():
+            status = do(list(arguments))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from gptoss_jax.cli.data import Data
 from gptoss_jax.cli.finetune import Finetune
 from gptoss_jax.cli.generate import Generate
 from gptoss_jax.cli.info import Info
-from gptoss_jax.cli.mistakes import explain, near, one_of
+from gptoss_jax.cli.mistakes import explain, near, one_of, repeated
 
 COMMANDS = {
     "chat": Chat,
@@ -73,7 +73,12 @@ def parsed(name: str, words: list[str]) -> Any:
     prog, said = f"gptoss {name}", io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(COMMANDS[name], prog=prog, args=words, config=(tyro.conf.DisallowNone,))
+            found = tyro.cli(
+                COMMANDS[name], prog=prog, args=words, config=(tyro.conf.DisallowNone,)
+            )
+        if problems := repeated(COMMANDS[name], words):
+            raise ValueError("; ".join(problems))
+        return found
     except SystemExit as end:
         if not end.code:
             return Helped()

@@ -161,16 +161,35 @@ class Data:
         for number, source in enumerate(read_rows(self.paths), start=1):
             if number == self.showing.row:
                 return source
+        if number == 0:
+            raise ValueError(
+                f"PATH: expected at least one row, got none in {', '.join(self.paths)}; check the "
+                "files"
+            )
         raise ValueError(
             f"--row: expected 1 to {number}, got {self.showing.row}; there are no more rows"
         )
 
     def tokenizer(self) -> "Tokenizer":
         from gptoss_jax.harmony import Tokenizer
+        from gptoss_jax.harmony.tokenizer import FEWEST_PUBLISHED
 
         if self.checkpoint is None:
             return Tokenizer.published()
-        return Tokenizer.from_folder(checkpoint_folder(self.checkpoint))
+        from gptoss_jax.weights.checkpoint import open_checkpoint
+
+        folder = checkpoint_folder(self.checkpoint)
+        found, size = Tokenizer.from_folder(folder), open_checkpoint(folder).config.vocab_size
+        if found.vocab_size > size and found.is_published and size >= FEWEST_PUBLISHED:
+            return Tokenizer.published(vocab_size=size)
+        if found.vocab_size > size:
+            whose = "the published one, as it declares none" if found.is_published else "its own"
+            raise ValueError(
+                f"--checkpoint: expected a vocabulary of at most V={size} ids for "
+                f"{self.checkpoint}, got {whose}, of {found.vocab_size}; a checkpoint that was "
+                "written with its tokenizer has gptoss_jax_tokenizer.json"
+            )
+        return found
 
     def settings(self) -> "SystemSettings":
         from gptoss_jax.harmony import SystemSettings

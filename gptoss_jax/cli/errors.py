@@ -8,6 +8,7 @@ import contextlib
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from types import TracebackType
 
 from gptoss_jax.cli.output import complain, print_json
@@ -27,6 +28,7 @@ ARGUMENTS = {
     "messages": "TEXT",
     "context": "--context",
     "batch": "--batch",
+    "match": "--match",
     "coordinator": "--coordinator",
     "num_processes": "--num-processes",
     "process_id": "--process-id",
@@ -40,10 +42,14 @@ ADVICE = (
     (r"(?<![-\w])num_processes\b", "--num-processes"),
     (r"(?<![-\w])process_id\b", "--process-id"),
     (r"\b(allow )?any[_ ]base(=True)?\b", "--any-base"),
+    (
+        r"(a checkpoint folder), (a name such as \S+), or None for the bundled model",
+        r"\1 or \2, where the bundled model is not meant",
+    ),
     (r",? or None for what fits", ", or leave it out for what fits"),
     (r",? or within gptoss_jax\.use_kernels\('xla'\)", ""),
     (
-        r"pass tokenizer= to chat, and stop= to generate",
+        r"pass tokenizer= to chat, and to generate token ids and stop=",
         "`gptoss generate --run-on --tokens` needs none",
     ),
 )
@@ -51,12 +57,18 @@ ADVICE = (
 
 def in_options(text: str) -> str:
     """The text of an error, with options in place of Python's arguments."""
-    name, colon, rest = text.partition(": ")
-    names = name.split(", ") if colon else []
-    if names and all(name in ARGUMENTS for name in names):
-        text = f"{', '.join(ARGUMENTS[name] for name in names)}: {rest}"
+    text = renamed(text, ARGUMENTS)
     for pattern, words in ADVICE:
         text = re.sub(pattern, words, text)
+    return text
+
+
+def renamed(text: str, arguments: Mapping[str, str]) -> str:
+    """The text of an error, with the argument that it begins with under another name."""
+    name, colon, rest = text.partition(": ")
+    names = name.split(", ") if colon else []
+    if names and all(name in arguments for name in names):
+        text = f"{', '.join(arguments[name] for name in names)}: {rest}"
     return text
 
 

@@ -4,18 +4,29 @@
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
+from gptoss_jax.cli.errors import renamed
 from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import print_json, remark
 from gptoss_jax.cli.processes import Processes
 from gptoss_jax.cli.values import Group
 
+T = TypeVar("T")
+
 MOST_ON_CPU = 8  # devices of a mesh that are made of one CPU
 TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the run
+# How errors begin -> which field is meant.
+FIELDS = {
+    "path": "model.checkpoint",
+    "folder": "model.checkpoint",
+    "dtype": "model.dtype",
+    "mesh": "[mesh]",
+}
 
 Overrides = Annotated[
     list[str],
@@ -66,7 +77,7 @@ class Finetune:
         if not self.processes.several:
             share_cores(math.prod(run.mesh.values()))
         enable_compilation_cache()
-        done = finetune(run, say=remark)
+        done = self.in_fields(lambda: finetune(run, say=remark))
         outcome = done.outcome
         if self.output.json:
             print_json(
@@ -82,6 +93,16 @@ class Finetune:
         if outcome.interrupted:
             return TO_BE_RESUMED
         return 1 if outcome.failed else 0
+
+    def in_fields(self, action: Callable[[], T]) -> T:
+        """Do it; what is wrong with the weights is said of the file's fields, not of options."""
+        try:
+            return action()
+        except ValueError as error:
+            text = renamed(str(error), FIELDS)
+            if text == str(error):
+                raise
+            raise ValueError(text) from error
 
     def check(self) -> None:
         """Raise ValueError for what is wrong on the face of it."""

@@ -52,6 +52,7 @@ class Generate(OfModel):
         tokenizer = self.together(lambda: tokenizer_in(self.model.folder), "tokenizer")
         prompt = self.together(lambda: self.tokens or self.encode(tokenizer), "prompt")
         self.model.say_if_bundled(", asked by `gptoss chat`: it knows no other text")
+        self.together(lambda: self.check_prompt(prompt), "prompt")
         model = self.load(prompt=prompt)
         own = self.together(lambda: self.own_tokenizer(model), "tokenizer")
         seed = new_seed(model) if self.sampling.seed is None else self.sampling.seed
@@ -96,6 +97,27 @@ class Generate(OfModel):
             stop=() if self.run_on else generation.stop_ids_of(model),
             tokens_per_dispatch=generation.TOKENS_PER_DISPATCH,
         )
+
+    def check_prompt(self, prompt: list[int]) -> None:
+        """Raise ValueError for what the model does not take, before it is loaded."""
+        config = self.model.opened().config
+        outside = [token for token in self.tokens if not 0 <= token < config.vocab_size]
+        if outside:
+            raise ValueError(
+                f"--tokens: expected token ids in [0, V={config.vocab_size}), got {outside[:5]}; "
+                "were they made with another model's tokenizer?"
+            )
+        room = config.max_context - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"{'--tokens' if self.tokens else 'TEXT'}: expected fewer tokens than the context "
+                f"of {config.max_context}, got {len(prompt)}; shorten it"
+            )
+        if self.max_new_tokens > room:
+            raise ValueError(
+                f"--max-new-tokens: expected 1 to {room}, which the prompt of {len(prompt)} tokens "
+                f"leaves of the context of {config.max_context}, got {self.max_new_tokens}"
+            )
 
     def own_tokenizer(self, model: "Transformer") -> "Tokenizer | None":
         """The model's; None if it has none and none is needed."""

@@ -7,9 +7,11 @@ Only asked once the arguments are known to be wrong: it need not find what it do
 
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +19,11 @@ from typing import Any, Literal
 import tyro
 
 OPTION = re.compile(r"--|-[A-Za-z]$")  # how one begins; -5+3 is text
+# What other commands call them.
+ELSEWHERE = {
+    **dict.fromkeys(("--model", "--model-path", "--weights", "--path"), "--checkpoint"),
+    **dict.fromkeys(("--max-tokens", "--max-length", "--num-predict"), "--max-new-tokens"),
+}
 KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a value"}
 
 
@@ -57,6 +64,21 @@ def explain(prog: str, command: type, words: Sequence[str], said: str) -> str:
 _NO_BOXES = {code: None for code in range(0x2500, 0x2580)}
 
 
+def repeated(command: type, words: Sequence[str]) -> list[str]:
+    """Problems of options that take several values and are given twice: only the last would count.
+
+    To be asked of arguments that are right otherwise.
+    """
+    names = {name for option in options_of(command) if option.many for name in option.names}
+    before = itertools.takewhile(lambda word: word != "--", words)
+    counts = Counter(word.partition("=")[0].replace("_", "-") for word in before)
+    return [
+        f"{name}: expected once, got {counts[name]} times; put all values behind one"
+        for name in sorted(names)
+        if name.startswith("--") and counts[name] > 1
+    ]
+
+
 def options_of(command: type) -> Iterator[Option]:
     """What a dataclass for tyro offers, its groups included."""
     hints = typing.get_type_hints(command, include_extras=True)
@@ -77,13 +99,18 @@ def _option(field: dataclasses.Field, kind: Any, marks: tuple[Any, ...]) -> Opti
     positional = tyro.conf.Positional in marks
     named = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
     if positional:
-        names = ((named or "{" + ",".join(choices) + "}").strip("[]"),)
+        names = (_optional(named) if named else field.name.upper(),)
     else:
         more = [name for mark in marks for name in getattr(mark, "aliases", None) or ()]
         names = ("--" + field.name.replace("_", "-"), *more)
     required = field.default is field.default_factory is dataclasses.MISSING
     paired = kind is bool and tyro.conf.FlagCreatePairsOff not in marks
     return Option(names, str if choices else kind, choices, many, positional, required, paired)
+
+
+def _optional(metavar: str) -> str:
+    """What a positional argument is called: of [TEXT] TEXT, of PATH [PATH ...] PATH."""
+    return metavar.strip("[]") if metavar.startswith("[") else metavar.partition(" ")[0]
 
 
 def _peeled(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -115,7 +142,9 @@ def _problems(prog: str, options: list[Option], words: list[str]) -> Iterator[st
         option = known.get(name.replace("_", "-"))
         if option is None:
             all_known = False
-            hint = near(name, known) or _fields_of(options)
+            meant = ELSEWHERE.get(name)
+            hint = f"; did you mean {meant}?" if meant in known else near(name, known)
+            hint = hint or _fields_of(options)
             yield f"{name}: expected an option, got none of that name{hint}"
         elif option.kind is bool and equals:
             yield f"{name}: expected no value, got {value!r}"

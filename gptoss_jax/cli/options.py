@@ -99,6 +99,8 @@ class ModelOptions(CheckpointOptions):
                 f"--adapter: expected a folder that fine-tuning has written, got {self.adapter!r}, "
                 "which is none; check the path"
             )
+        if self.any_base and self.adapter is None:
+            yield "--any-base: expected --adapter, too, got none; add it"
         try:
             self.written_mesh()
         except ValueError as error:

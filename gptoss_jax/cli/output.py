@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command writes: answers to stdout, remarks to stderr."""
 
+import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # On a terminal, control characters of the model's could do something to it.
@@ -31,14 +34,31 @@ def _finite(value: Any) -> Any:
 
 
 def remark(text: str) -> None:
-    """One line on stderr."""
+    """What is worth knowing, on stderr."""
     if not _silent:
         complain(text)
 
 
 def complain(text: str) -> None:
-    """What went wrong, which every process says."""
-    print(f"gptoss: {text}", file=sys.stderr, flush=True)
+    """What went wrong, which every process says; a text of several lines is as many."""
+    lines = "".join(f"gptoss: {line}\n" for line in text.split("\n"))
+    print(lines, end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def package_remarks() -> Iterator[None]:
+    """Within, what the package warns of through `logging` is remarked, too."""
+    logger, handler = logging.getLogger("gptoss_jax"), _Remarks(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Remarks(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        remark(record.getMessage())
 
 
 _silent = False

@@ -5,6 +5,7 @@ Every process is given the same command. The first one prints; a mistake on one 
 with the same exit status, and each says what it was. ../distributed.py does the work.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
@@ -47,6 +48,7 @@ class Processes:
         first, so that a mistake of one ends all of them.
         """
         if not self.several:
+            self.check_timeout()
             check()
             return
         self.check()
@@ -66,6 +68,13 @@ class Processes:
             raise ValueError(
                 f"{', '.join(lacks)}: expected beside {' and '.join(has)}, got none; give all "
                 "three, or --distributed alone where jax finds the processes"
+            )
+        self.check_timeout()
+
+    def check_timeout(self) -> None:
+        if not 0 < self.connect_timeout < math.inf:
+            raise ValueError(
+                f"--connect-timeout: expected seconds above 0, got {self.connect_timeout}"
             )
 
     def join(self) -> None:

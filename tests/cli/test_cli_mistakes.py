@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command makes of mistakes: one line in its own words, and JSON for programs."""
 
+import ast
 import json
 import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +16,11 @@ import numpy as np
 import pytest
 
 import gptoss_jax as gj
-from gptoss_jax import cli
+from gptoss_jax.cli import errors
+from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.options import SamplingOptions
+from gptoss_jax.cli.output import complain
+from gptoss_jax.folders import BUNDLED_MODEL
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.inference.ranges import RANGES
 from gptoss_jax.inference.sampling import Sampling
@@ -54,7 +61,24 @@ from gptoss_jax.inference.sampling import Sampling
         (["chat", "--mesh", "data=2,tensor=8", "Hi"], "--mesh: expected at most 8 devices"),
         (["chat", "--distributed"], "TEXT: expected a question, which all processes are given"),
         (["generate", "--process-id", "0", "Hi"], "--coordinator, --num-processes: expected besid"),
-        (["generate", "--tokens", "4000"], "prompts[0]: expected token ids in [0, V=1024), got"),
+        (["generate", "--tokens", "4000"], "--tokens: expected token ids in [0, V=1024), got"),
+        (["generate", "--max-new-tokens", "99999", "a"], "--max-new-tokens: expected 1 to 511, which"),
+        (["generate", "--tokens", *["5"] * 600], "--tokens: expected fewer tokens than the context"),
+        (["generate", "too long " * 512], "TEXT: expected fewer tokens than the context of 512, got"),
+        (["generate", "--tokens", "5", "--tokens=6"], "--tokens: expected once, got 2 times; put al"),
+        (["chat", "Hi", "--builtin_tools", "python", "--builtin-tools", "browser"], "expected once, "),
+        (["chat", "--checkpoint", "", "Hi"], "--checkpoint: expected a checkpoint folder or a name"),
+        (["info", "--checkpoint", ""], "'openai/gpt-oss-20b', where the bundled model is not meant"),
+        (["bench", "kernels", "--match", "zzz"], "--match: expected a part of a case's name, got 'z"),
+        (["chat", "--any-base", "Hi"], "--any-base: expected --adapter, too, got none; add it"),
+        (["chat", "--connect-timeout", "nan", "Hi"], "--connect-timeout: expected seconds above 0, g"),
+        (["generate", "--connect-timeout", "0", "Hi"], "--connect-timeout: expected seconds above 0"),
+        (["chat", "--tools", "EMPTY", "Hi"], "expected a JSON file, got one that cannot be read (Is "),
+        (["chat", "--model", "x", "Hi"], "got none of that name; did you mean --checkpoint?"),
+        (["chat", "--max-tokens", "3", "Hi"], "got none of that name; did you mean --max-new-tokens?"),
+        (["data", "show"], "PATH: expected a value, got nothing"),
+        (["data"], "WHAT: expected check or show, got nothing; PATH: expected a value, got nothing"),
+        (["data", "show", "NONE"], "PATH: expected at least one row, got none in "),
         (["finetune", "nowhere.toml"], "CONFIG.toml: expected a TOML file, got nothing at 'nowher"),
         (["finetune", "TOML", "steps", "= 5"], "steps: expected FIELD=VALUE without spaces"),
         # What tyro refuses, in the same voice.
@@ -76,16 +100,18 @@ from gptoss_jax.inference.sampling import Sampling
         (["chat", "--no-stats", "Hi"], "--no-stats: expected an option, got none of that name; d"),
         (["finetune", "TOML", "--steps", "5"], "; fields are given without --, as optimisation.st"),
         (["finetune"], "CONFIG.toml: expected a value, got nothing"),
-        (["bench", "kernel"], "{kernels,model}: expected kernels or model, got 'kernel'; did you "),
-        (["data", "chek", "a"], "{check,show}: expected check or show, got 'chek'; did you mean c"),
+        (["bench", "kernel"], "WHAT: expected kernels or model, got 'kernel'; did you "),
+        (["data", "chek", "a"], "WHAT: expected check or show, got 'chek'; did you mean c"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line(gptoss, folder, tmp_path, arguments, complaint):
     if arguments[:1] in (["chat"], ["generate"], ["info"]) and "--checkpoint" not in arguments:
         arguments = [arguments[0], "--checkpoint", folder, *arguments[1:]]
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.toml").touch()
-    stands_for = {"EMPTY": str(tmp_path / "empty"), "TOML": str(tmp_path / "a.toml")}
+    for name in ("a.toml", "none.jsonl"):
+        (tmp_path / name).touch()
+    names = {"EMPTY": "empty", "TOML": "a.toml", "NONE": "none.jsonl"}
+    stands_for = {word: str(tmp_path / name) for word, name in names.items()}
     arguments = [stands_for.get(word, word) for word in arguments]
 
     status, out, err = gptoss(*arguments)
@@ -94,8 +120,128 @@ def test_a_users_mistake_is_one_line(gptoss, folder, tmp_path, arguments, compla
     assert err.startswith("gptoss: ")
     assert complaint in err
     assert err.count("\n") == 1
-    for python in ("None for", "NoneType", "tokenizer=", "dtype=", "max_new_tokens", "date."):
+    for python in (
+        "None for",
+        "NoneType",
+        "tokenizer=",
+        "dtype=",
+        "max_new_tokens",
+        "prompts[",
+        "Errno",
+    ):
         assert python not in err
+
+
+def texts_of_the_package():
+    """All texts in the package's code but the command's, `{}` where a value is written."""
+    for file in Path(gj.__file__).parent.rglob("*.py"):
+        if file.parent.name != "cli":
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(getattr(part, "value", "") if isinstance(part, ast.Constant)
+                                  else "{}" for part in node.values)  # fmt: skip
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_what_is_put_into_options_is_what_the_package_says():
+    """Given the names and advice that are replaced, then texts of the package have each of them."""
+    texts = list(texts_of_the_package())
+
+    stale = [
+        pattern for pattern, _ in errors.ADVICE if not any(re.search(pattern, t) for t in texts)
+    ]
+    whole = "\n".join(texts)
+    stale += [name for name in errors.ARGUMENTS if f"{name}: expected" not in whole]
+
+    assert stale == []
+
+
+def test_no_vocabulary_is_said_in_options(gptoss, tmp_path):
+    """Given the bundled model without the declaration of its tokenizer, then none says it has."""
+    for file in BUNDLED_MODEL.iterdir():
+        if file.name != "gptoss_jax_tokenizer.json":
+            shutil.copy(file, tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", '
+                    '"content": "b"}]}\n')  # fmt: skip
+    where = ("--checkpoint", str(tmp_path))
+
+    for asked in (
+        ["chat", "Hi"],
+        ["generate", "Hi"],
+        ["data", "show", rows],
+        ["data", "check", rows],
+    ):
+        status, out, err = gptoss(*map(str, asked), *where)
+        said = err.splitlines()[-1]
+        assert (status, out) == (2, "")
+        assert "201088" in said and "declares none" in said
+        assert "tokenizer=" not in said and "stop=" not in said
+    assert "`gptoss generate --run-on --tokens` needs none" in gptoss("chat", "Hi", *where)[2]
+    assert gptoss("generate", "--run-on", "--max-new-tokens", "2", "--tokens", "5", *where)[0] == 0
+
+
+def test_fine_tuning_blames_its_fields(gptoss, tmp_path):
+    config = Path(__file__).parents[2] / "configs/finetune/tiny-lora.toml"
+
+    status, _, err = gptoss(
+        "finetune", str(config), "model.checkpoint=nope/x", f"output={tmp_path / 'run'}"
+    )
+
+    assert status == 2
+    assert err.splitlines()[-1].startswith("gptoss: model.checkpoint: expected a checkpoint folder")
+    assert "--checkpoint" not in err
+
+
+def test_what_the_loader_remarks_is_a_line_of_ours(folder, tmp_path):
+    """Given a config with a key that is ignored, then the remark begins as all do."""
+    for file in Path(folder).iterdir():
+        shutil.copy(file, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"unheard_of": 1}))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "gptoss_jax.cli", "generate", "--tokens", "5", "--max-new-tokens",
+         "1", "--checkpoint", str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+    assert done.returncode == 0
+    assert "unheard_of" in done.stderr
+    assert all(line.startswith("gptoss: ") for line in done.stderr.splitlines())
+
+
+def test_every_line_of_an_error_begins_alike(capsys):
+    complain("a: expected\n  one\n  two")
+
+    assert capsys.readouterr().err == "gptoss: a: expected\ngptoss:   one\ngptoss:   two\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_full_disk_is_one_line(more):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gptoss_jax.cli", "data", "check", "gone.jsonl", "--no-tokens",
+             *more], stdout=full, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (2, "gptoss: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "closed", [["stdin"], ["stdout"], ["stderr"], ["stdin", "stdout", "stderr"]]
+)
+def test_streams_that_are_closed_are_empty(closed):
+    numbers = " ".join(f"{['stdin', 'stdout', 'stderr'].index(name)}>&-" for name in closed)
+    command = f'exec "{sys.executable}" -m gptoss_jax.cli --version {numbers}'
+
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+
+    shown = "" if "stdout" in closed else f"{gj.__version__}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +341,7 @@ def test_what_fails_inside_is_json_too(gptoss, monkeypatch):
     def fail(self):
         raise ZeroDivisionError("x")
 
-    monkeypatch.setattr(cli.Chat, "run", fail)
+    monkeypatch.setattr(Chat, "run", fail)
 
     status, out, err = gptoss("chat", "--json", "Hi")
 
@@ -209,7 +355,7 @@ def test_an_interrupt_is_json_too(gptoss, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Chat, "run", stop)
+    monkeypatch.setattr(Chat, "run", stop)
 
     status, out, err = gptoss("chat", "--json", "Hi")
 
@@ -218,7 +364,7 @@ def test_an_interrupt_is_json_too(gptoss, monkeypatch):
 
 
 def test_a_library_s_value_error_is_no_mistake_of_the_user(gptoss, monkeypatch):
-    monkeypatch.setattr(cli.Chat, "run", lambda self: jax.numpy.zeros((2, 3)).reshape(7))
+    monkeypatch.setattr(Chat, "run", lambda self: jax.numpy.zeros((2, 3)).reshape(7))
 
     status, out, err = gptoss("chat", "Hi")
 
@@ -257,7 +403,7 @@ def test_what_goes_wrong_inside(gptoss, monkeypatch, error, status, expected):
     def fail(self):
         raise error
 
-    monkeypatch.setattr(cli.Chat, "run", fail)
+    monkeypatch.setattr(Chat, "run", fail)
 
     assert gptoss("chat", "Hi") == (status, "", expected)
 
