@@ -27,7 +27,6 @@ ARGUMENTS = {
     "max_new_tokens": "--max-new-tokens",
     "messages": "TEXT",
     "context": "--context",
-    "batch": "--batch",
     "match": "--match",
     "coordinator": "--coordinator",
     "num_processes": "--num-processes",

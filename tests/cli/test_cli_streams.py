@@ -13,6 +13,8 @@ import pytest
 import gptoss_jax as gj
 from gptoss_jax.cli.output import complain
 
+ALL = ("stdin", "stdout", "stderr")
+
 
 def test_what_the_loader_remarks_is_a_line_of_ours(folder, tmp_path):
     """Given a config with a key that is ignored, then the remark begins as all do."""
@@ -51,9 +53,7 @@ def test_a_full_disk_is_one_line(more):
     assert (done.returncode, done.stderr) == (2, "gptoss: [Errno 28] No space left on device\n")
 
 
-@pytest.mark.parametrize(
-    "closed", [["stdin"], ["stdout"], ["stderr"], ["stdin", "stdout", "stderr"]]
-)
+@pytest.mark.parametrize("closed", [ALL[:1], ALL[1:2], ALL[2:], ALL], ids=str)
 def test_streams_that_are_closed_are_empty(closed):
     numbers = " ".join(f"{ALL.index(name)}>&-" for name in closed)
     command = f'exec "{sys.executable}" -m gptoss_jax.cli --version {numbers}'
