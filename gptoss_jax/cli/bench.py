@@ -19,7 +19,9 @@ class Bench:
     Example: gptoss bench kernels --match "decode on rings"
     """
 
-    what: tyro.conf.Positional[Literal["kernels", "model"]]
+    what: tyro.conf.Positional[
+        Annotated[Literal["kernels", "model"], tyro.conf.arg(metavar="WHAT")]
+    ]
     """kernels: each case of each op, by everything that runs here. model: prefill and decode."""
     match: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = ""
     """kernels: only cases whose name contains TEXT."""

@@ -64,7 +64,7 @@ class Data:
     Example: gptoss data check data/train.jsonl
     """
 
-    what: tyro.conf.Positional[Literal["check", "show"]]
+    what: tyro.conf.Positional[Annotated[Literal["check", "show"], tyro.conf.arg(metavar="WHAT")]]
     """check: everything wrong at once, and statistics. show: one row as tokens with their mask."""
     paths: tyro.conf.Positional[Annotated[list[str], PATHS]]
     """Files (.jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet), folders, globs or fsspec URLs."""
