@@ -129,6 +129,7 @@ class ReplyStream(Iterator[Event]):
         when_done: Callable[[Reply], None] | None = None,
     ):
         self.arrived: list[tuple[float, int]] = []  # by time.perf_counter(), and how many ids then
+        self.on_piece: Callable[[], None] | None = None  # asked after each; may raise to end it
         self._prompt, self._pieces, self._when_done = prompt, pieces, when_done
         self._seed = seed
         self._seen: list[Event] = []
@@ -164,6 +165,8 @@ class ReplyStream(Iterator[Event]):
             self._whole.logprobs += piece.logprobs
             self._whole.finish_reason = piece.finish_reason
             self.arrived.append((time.perf_counter(), len(self._whole.tokens)))
+            if self.on_piece is not None:
+                self.on_piece()
             while self._num_read < len(self._whole.tokens):
                 yield from self._read()
         yield from self._finish()

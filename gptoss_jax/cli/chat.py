@@ -150,12 +150,12 @@ class Turns:
     def stream(self, text: str) -> "ReplyStream":
         if self.watch is not None:
             self.watch.restart()
-        return self.talk.stream(text)
+        stream = self.talk.stream(text)
+        stream.on_piece = interrupts.ask
+        return stream
 
     def read(self, stream: "ReplyStream") -> "Reply":
         if self.chat.output.json:
-            for _ in stream:
-                interrupts.ask()
             return stream.reply()
         return show(stream, with_analysis=self.chat.show_analysis)
 

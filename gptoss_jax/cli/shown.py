@@ -10,7 +10,6 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.cli import interrupts
 from gptoss_jax.cli.output import printable, styled, write
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ def show(stream: "ReplyStream", *, with_analysis: bool) -> "Reply":
     is_own = True  # until the model makes up what others say
     try:
         for event in stream:
-            interrupts.ask()
             if isinstance(event, Recovery):
                 is_own &= event.kind != "other_role"
             elif isinstance(event, MessageStart):

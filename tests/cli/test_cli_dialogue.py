@@ -142,6 +142,7 @@ def test_each_turn_is_an_object(gptoss, folder, recited, typed):
 
 CHILD = """
 import fcntl, json, os, signal, sys, termios, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind `&`
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that a typed ^C is a signal
 import gptoss_jax
 from gptoss_jax import cli, conversation, generation
