@@ -324,6 +324,7 @@ def test_a_second_ctrl_c_ends_whatever_goes_on(terminal, tmp_path):
 
 IMPORTING = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind `&`
 module = sys.argv.pop(1)
 class Finder:
     def find_spec(self, name, *_):
