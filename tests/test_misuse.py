@@ -39,6 +39,12 @@ CALLS = {
     "gj.chat(model, 'hi', tools=[gj.FunctionTool('f', None)])": r"description: expected text",
     "gj.chat(model, 'hi', tools=[gj.FunctionTool('f', '', [])])": r"parameters: expected a JSON",
     "gj.chat(model, 'hi', tools=[gj.FunctionTool(5)])": r"tools\[0\]\.name: expected 1 to 64",
+    "gptoss_jax.harmony.render_prompt('hi', tokenizer=gj.tokenizer_of(model))":
+        r"messages: expected a list of Messages, got 'hi'",
+    "gptoss_jax.harmony.render_prompt([{'role': 'user'}], tokenizer=gj.tokenizer_of(model))":
+        r"messages: expected a list of Messages, got \{'role'",
+    "gj.tokenizer_of(model).encode(None)": r"text: expected text, got None",
+    "gj.tokenizer_of(model).decode(5)": r"ids: expected a list of token ids, got 5",
     "gj.ToolNamespace('n', 'd', 5)": r"tools: expected a list of FunctionTools, got 5",
     # ids
     "gj.generate('20b', [[1]])": r"model: expected a Transformer",
@@ -62,6 +68,7 @@ CALLS = {
 }  # fmt: skip
 PROGRAM = """
 import json, sys
+import gptoss_jax, gptoss_jax.harmony
 import gptoss_jax as gj
 model = gj.load()
 said = {}

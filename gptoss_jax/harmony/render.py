@@ -216,9 +216,15 @@ def _message_ids(message: Message, tokenizer: Tokenizer) -> list[int]:
 
 def _lead_ids(role: str, text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a system or developer message."""
+    return list(_known_lead_ids(role, text, tokenizer))
+
+
+@functools.lru_cache(maxsize=256)
+def _known_lead_ids(role: str, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The same, kept: many rows of a data set tend to have the same ones."""
     header = _header_ids((role,), None, None, None, False, False, tokenizer)
     text_ids = tokenizer.encode(text, specials="text")
-    return [*header, *text_ids, tokenizer.specials["<|end|>"]]
+    return (*header, *text_ids, tokenizer.specials["<|end|>"])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -269,12 +275,13 @@ def _recipient_first(message: Message) -> bool:
 
 def _listed(messages: Iterable[Message]) -> list[Message]:
     """The messages, which may come from an iterator; ValueError for anything else."""
-    several = [] if isinstance(messages, str | Message | Mapping) else list(messages)
-    wrong = [message for message in several if not isinstance(message, Message)]
-    if wrong or (messages and not several):
+    single = isinstance(messages, str | Message | Mapping)
+    several = [messages] if single else list(messages)
+    wrong = [message for message in several if single or not isinstance(message, Message)]
+    if wrong:
         raise ValueError(
-            f"messages: expected a list of Messages, got {wrong[0] if wrong else messages!r}; "
-            "messages_from_openai makes them of dictionaries"
+            f"messages: expected a list of Messages, got {wrong[0]!r}; messages_from_openai makes "
+            "them of dictionaries"
         )
     return several
 
@@ -311,19 +318,32 @@ def _header_problems(where: str, message: Message) -> list[str]:
             f"{where}: expected role and content alone on a {message.role} message, got {message}; "
             "leave the other fields out"
         ]
-    problems = [
-        f"{where}.{name}: expected a word without spaces, got {value!r}; correct it or leave it out"
-        for name in ("name", "channel", "recipient", "content_type")
-        if (value := getattr(message, name)) is not None and len(value.split()) != 1
-    ]
-    if message.role == "tool" and not message.name:
-        problems = [
-            f"{where}.name: expected the name of the tool, got {message.name!r}; for a function it "
-            f'is "functions." and its name'
-        ]
-    elif message.role == "tool" and message.name and message.name.partition(":")[0] in ROLES:
-        problems.append(
-            f"{where}.name: expected the name of a tool, got {message.name!r}, which is a role "
-            'and would speak as such; for a function it is "functions." and its name'
+    fields = (message.name, message.channel, message.recipient, message.content_type)
+    return [f"{where}.{problem}" for problem in _field_problems(message.role, *fields)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _field_problems(
+    role: str,
+    name: str | None,
+    channel: str | None,
+    recipient: str | None,
+    content_type: str | None,
+) -> tuple[str, ...]:
+    if role == "tool" and not name:
+        return (
+            f"name: expected the name of the tool, got {name!r}; for a function it is "
+            '"functions." and its name',
         )
-    return problems
+    fields = {"name": name, "channel": channel, "recipient": recipient}
+    problems = [
+        f"{field}: expected a word without spaces, got {value!r}; correct it or leave it out"
+        for field, value in (fields | {"content_type": content_type}).items()
+        if value is not None and len(value.split()) != 1
+    ]
+    if role == "tool" and (name or "").partition(":")[0] in ROLES:
+        problems.append(
+            f"name: expected the name of a tool, got {name!r}, which is a role and would speak as "
+            'such; for a function it is "functions." and its name'
+        )
+    return tuple(problems)

@@ -182,9 +182,9 @@ class Tokenizer:
         return self._ordinary(text)
 
     def _ordinary(self, text: str) -> list[int]:
-        return [
-            token for piece in _digestible(text) for token in self._encoding.encode_ordinary(piece)
-        ]
+        if len(text) <= MAX_WHITESPACE:
+            return self._encoding.encode_ordinary(text)
+        return [i for piece in _digestible(text) for i in self._encoding.encode_ordinary(piece)]
 
     def spelled_specials(self, text: str) -> Iterator[tuple[int, str]]:
         """Where `text` spells a special token, and which."""
