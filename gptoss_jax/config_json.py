@@ -261,7 +261,8 @@ class _HfReader:
         if rope:
             expected["initial_context_length"] = rope["original_context"]
         for key, value in expected.items():
-            if key in fields and value is not None and fields[key] != value:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key in fields and number and fields[key] != value:
                 self.problems.append(f"{key}: expected {value!r}, got {reprlib.repr(fields[key])}")
 
     def _check_layer_types(self) -> None:
@@ -286,8 +287,10 @@ class _HfReader:
 
     def _check_quantization(self) -> None:
         found = self.fields.get("quantization_config") or {}
-        unnamed = "mxfp4" if not {"bits", "group_size"} & {*found} else None
-        method = found.get("quant_method", unnamed) if isinstance(found, Mapping) else found
+        method = found
+        if isinstance(found, Mapping):
+            unnamed = None if found.keys() & {"bits", "group_size"} else "mxfp4"
+            method = found.get("quant_method", unnamed)
         if method != "mxfp4" and "quantization" not in self.fields:
             self.problems.append(
                 "quantization_config.quant_method: expected 'mxfp4' or no quantization_config, "

@@ -297,6 +297,7 @@ class Conversation:
 
     def stream(self, said: Messages) -> ReplyStream:
         """As `ask`, but returns at once. A stream that is not read to its end leaves no trace."""
+        self.tools = _as_tools(self.tools)  # they may have been changed, and come from an iterator
         added = self._as_messages(said)
         prompt, settings = self.prompt(self.messages + added), self._settings()
         limit = _limit(self.model, len(prompt), self.max_new_tokens, self.reasoning_effort)
@@ -325,12 +326,13 @@ class Conversation:
 
     def prompt(self, messages: Messages) -> list[int]:
         """The ids that the model continues, for a text or a whole conversation."""
+        self.tools = _as_tools(self.tools)
         return render_prompt(
             self._as_messages(messages),
             tokenizer=self.tokenizer,
             settings=self._settings(),
             instructions=self.instructions or None,
-            tools=_as_tools(self.tools),
+            tools=self.tools,
         )
 
     def _settings(self) -> SystemSettings:
@@ -354,7 +356,8 @@ class Conversation:
         if ours and len(ours) == len(several):
             return ours
         names = call_names(_as_tools(self.tools), self._settings().builtin_tools)
-        calls = {m.recipient: m.channel for m in self.messages if m.is_tool_call}
+        known = [message for message in self.messages if isinstance(message, Message)]
+        calls = {message.recipient: message.channel for message in known if message.is_tool_call}
         return [
             dataclasses.replace(message, channel=calls[message.name])
             if message.role == "tool" and message.name in calls

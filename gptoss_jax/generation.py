@@ -11,6 +11,7 @@ import functools
 import json
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -18,7 +19,7 @@ import jax
 from gptoss_jax import distributed
 from gptoss_jax.generation_config import GenerationConfig, read_generation_config
 from gptoss_jax.harmony import Tokenizer
-from gptoss_jax.harmony.tokenizer import FEWEST_PUBLISHED, PUBLISHED_VOCAB_SIZE
+from gptoss_jax.harmony.tokenizer import FEWEST_PUBLISHED, PUBLISHED_VOCAB_SIZE, TOKENIZER_FILE
 from gptoss_jax.inference import decode
 from gptoss_jax.inference.arguments import Integers, Prompts, one_each, prompt_list
 from gptoss_jax.inference.sampling import Sampling
@@ -190,9 +191,14 @@ def _fits(tokenizer: Tokenizer | None, model: Transformer) -> bool:
     return tokenizer is not None and tokenizer.vocab_size <= model.config.vocab_size
 
 
-@functools.lru_cache(maxsize=4)
 def tokenizer_in(folder: str) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, read once."""
+    """The tokenizer of a checkpoint folder, read once and again when its declaration changes."""
+    file = Path(folder, TOKENIZER_FILE)
+    return _tokenizer_in(folder, file.stat().st_mtime_ns if file.exists() else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer_in(folder: str, changed: int | None) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 

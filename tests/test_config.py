@@ -405,3 +405,9 @@ def test_a_config_made_by_hand_has_a_context(factor):
 
     with pytest.raises(ConfigError, match=r"^rope\.scaling_factor: expected"):
         dataclasses.replace(preset, rope=rope)
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.5, [[]], "fp8", {"bits": 4}])
+def test_another_quantization_is_named_whatever_it_is(value):
+    with pytest.raises(ConfigError, match=r"quantization_config\.quant_method: expected 'mxfp4'"):
+        ModelConfig.from_hf(changed(quantization_config=value))

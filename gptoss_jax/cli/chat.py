@@ -91,7 +91,7 @@ class Chat(OfModel):
             reasoning_effort=self.reasoning_effort,
             instructions=self.developer,
             tools=tools,
-            builtin_tools=self.builtin_tools,
+            builtin_tools=list(dict.fromkeys(self.builtin_tools)),
             date=date,
             max_new_tokens=self.max_new_tokens,
             **self.sampling.given(),

@@ -53,13 +53,15 @@ class Dialogue:
                 with interrupts.held() if self.terminal else contextlib.nullcontext():
                     self.turn(line)
         except KeyboardInterrupt:
+            if self.as_json:
+                print_error("KeyboardInterrupt", "interrupted")
             return INTERRUPTED
         return 0 if self.terminal else self.status
 
     def lines(self) -> Iterator[str]:
         """Lines as they are entered; on a terminal with a prompt, and a history where there is."""
         if not self.terminal:
-            yield from (line.rstrip("\n") for line in sys.stdin)
+            yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() uses it
@@ -131,4 +133,6 @@ class Dialogue:
     def mistake(self, text: str) -> None:
         """Say what is wrong with a command; the conversation goes on."""
         remark(text)
+        if self.as_json:
+            print_error("ValueError", text)
         self.status = MISTAKEN

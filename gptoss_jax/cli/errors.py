@@ -46,6 +46,7 @@ ADVICE = (
         r"\1 or \2, where the bundled model is not meant",
     ),
     (r",? or None for what fits", ", or leave it out for what fits"),
+    (r"mesh=gptoss_jax\.make_mesh\((\w+)=(\d+)\)", r"--mesh \1=\2"),
     (r",? or within gptoss_jax\.use_kernels\('xla'\)", ""),
     (
         r"pass tokenizer= to chat, and to generate token ids and stop=",

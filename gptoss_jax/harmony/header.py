@@ -78,7 +78,7 @@ def read_header(sections: list[Section], role: str | None, offers: Offers = NO_O
     _set_recipient(header, list(filter(_is_recipient, ahead + behind)))
     ahead, behind = (list(filterfalse(_is_recipient, words)) for words in (ahead, behind))
     if header.recipient is None:
-        header.recipient_first = any(map(offers.has, ahead))
+        header.recipient_first = any(map(offers.names, ahead))
         _set_bare_recipient(header, offers, ahead, behind)
     _with_what_was_meant(header, offers)
     if header.channel is None:
@@ -104,7 +104,7 @@ def _behind_markers(
             types.append(words.pop(0))
         elif header.channel is not None:
             header.leftovers.append(words.pop(0))
-        elif not _is_recipient(words[0]) and not offers.has(words[0]):
+        elif not _is_recipient(words[0]) and not offers.names(words[0]):
             header.channel = words.pop(0)
         behind += words
     return types, behind
@@ -176,7 +176,8 @@ def _respaced(header: Header, text: str, offers: Offers) -> str:
     """The text with `commentaryto=f` in two words, `to= functions.f` in one."""
 
     def joined(found: re.Match[str]) -> str:
-        if found[0] == f"to={found[1]}" or not offers.has(found[1]):
+        known = offers.names(found[1]) or offers.knows(found[1])
+        if found[0] == f"to={found[1]}" or not known:
             return found[0]
         header.misspelled.append(found[0])
         return f"to={found[1]}"
@@ -190,8 +191,13 @@ def _is_recipient(word: str) -> bool:
 
 
 def _set_bare_recipient(header: Header, offers: Offers, *places: list[str]) -> None:
+    """A tool's name without `to=`: by its whole name anywhere, by a short one where calls stand,
+    behind the commentary channel."""
     for words in places:
-        for word in filter(offers.has, words):
+        short = words is places[-1] and header.channel == "commentary"
+        for word in words:
+            if not offers.names(word) and not (short and offers.knows(word)):
+                continue
             header.recipient = word
             header.misspelled.append(word)
             words.remove(word)
@@ -205,9 +211,10 @@ def _take(pattern: re.Pattern[str], text: str) -> tuple[str | None, str]:
 
 def _set_recipient(header: Header, words: list[str]) -> None:
     for word in words:
-        named = word.removeprefix("to=")
+        named = word.removeprefix("to=").rstrip(".,;")
         if header.recipient is None and names_a_tool(named):
             header.recipient = named
+            header.misspelled += [word] if word != f"to={named}" else []
         else:
             header.leftovers.append(word)
 

@@ -6,12 +6,12 @@ mean two of them means neither. Knows no headers; `header.py` asks.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 
-from gptoss_jax.harmony.messages import FUNCTIONS
+from gptoss_jax.harmony.messages import CHANNELS, FUNCTIONS
 from gptoss_jax.harmony.tools import BUILTIN_NAMES, ROLES
 
+_ORDINARY = {*ROLES, *CHANNELS, "all", "json", "code", "text", "markdown"}
 # A name with what models put around it: other namespaces ahead, JSON or punctuation behind.
 _WRITTEN = re.compile(r"\W*(?:(?:functions?|tools?)[./:]+)*([\w-]+(?:\.[\w-]+)*)")
 
@@ -22,10 +22,11 @@ class Offers:
 
     def __init__(self, names: str | Iterable[str] = ()):
         self._names = frozenset([names] if isinstance(names, str) else names)
-        short = Counter(name.rpartition(".")[2] for name in self._names)
-        self._meant = {name.rpartition(".")[2]: name for name in self._names}
-        self._meant = {word: name for word, name in self._meant.items() if short[word] == 1}
-        self._meant |= {name.removeprefix(FUNCTIONS): name for name in self._names}
+        shorter: dict[str, set[str]] = {}
+        for name in self._names:
+            for word in {name.rpartition(".")[2], name.removeprefix(FUNCTIONS)}:
+                shorter.setdefault(word, set()).add(name)
+        self._meant = {word: found.pop() for word, found in shorter.items() if len(found) == 1}
 
     def meant_by(self, written: str) -> tuple[str, str | None]:
         """The name of the tool that was meant, and a content type that was glued to it; what was
@@ -41,12 +42,16 @@ class Offers:
             return self._meant[unglued], "json"
         return written, None
 
-    def has(self, word: str) -> bool:
-        """Whether a word that stands by itself can only name a tool: one that was offered, a
-        function or a page of the browser. Without an offer `python` may be a content type."""
+    def names(self, word: str) -> bool:
+        """Whether a word that stands by itself is plainly a tool: a function, or a page of the
+        browser, or an offered name with a namespace."""
         if word.startswith(FUNCTIONS):
             return names_a_tool(word)
-        return self.meant_by(word)[0] in self._names or (word in BUILTIN_NAMES and "." in word)
+        return "." in word and (word in self._names or word in BUILTIN_NAMES)
+
+    def knows(self, word: str) -> bool:
+        """Whether a word is short for an offered tool, and no ordinary word of a header."""
+        return word in self._meant and word not in _ORDINARY
 
 
 def names_a_tool(recipient: str) -> bool:

@@ -10,7 +10,7 @@ the tokenizer knows the ids. `parser.py` is the way back.
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gptoss_jax.harmony.messages import CONSTRAIN, ROLES, Message, SystemSettings
 from gptoss_jax.harmony.system_text import developer_text, system_text
@@ -127,9 +127,10 @@ def _without_finished_analysis(messages: Sequence[Message], ended: int) -> list[
     """All but the analysis of finished turns; a call made in it goes with its result.
 
     A result belongs to the earliest call of that tool in its own turn that has none yet, whatever
-    their channel.
+    their channel: requests of OpenAI's shape know none.
     """
-    kept, open_calls = [], {}
+    kept: list[int] = []
+    open_calls: dict[str | None, list[bool]] = {}  # of each tool, whether calls are dropped
     for index, message in enumerate(messages):
         if message.role not in ("assistant", "tool"):
             open_calls.clear()
@@ -171,7 +172,7 @@ def _parts(
 ) -> list[RenderedMessage]:
     """System message, developer message with instructions and tools, then the rest in place."""
     _check_messages(messages)
-    settings = settings or SystemSettings()
+    settings, tools = settings or SystemSettings(), list(tools)
     _check_offer(instructions, tools, settings)
     instructions = instructions or None  # an empty text is no instruction, nor an empty message
     said = [index for index, message in enumerate(messages) if not _says_nothing(message)]
@@ -276,7 +277,7 @@ def _recipient_first(message: Message) -> bool:
 def _listed(messages: Iterable[Message]) -> list[Message]:
     """The messages, which may come from an iterator; ValueError for anything else."""
     single = isinstance(messages, str | Message | Mapping)
-    several = [messages] if single else list(messages)
+    several: list[Any] = [messages] if single else list(messages)
     wrong = [message for message in several if single or not isinstance(message, Message)]
     if wrong:
         raise ValueError(

@@ -63,8 +63,10 @@ def call_names(
     tools: Sequence[Tool], builtin_tools: Iterable[str | ToolNamespace] = ()
 ) -> list[str]:
     """What the model writes behind `to=` to call each of the tools, as functions.weather."""
-    own = [tool for tool in builtin_tools if isinstance(tool, ToolNamespace)]
-    trained = [n for n in BUILTIN_NAMES if n.partition(".")[0] in {*builtin_tools} - {*own}]
+    given = [builtin_tools] if isinstance(builtin_tools, str) else list(builtin_tools)
+    own = [tool for tool in given if isinstance(tool, ToolNamespace)]
+    named = {tool for tool in given if isinstance(tool, str)}
+    trained = [name for name in BUILTIN_NAMES if name.partition(".")[0] in named]
     return trained + [
         name
         for space in [*own, *namespaces(tools)]

@@ -177,7 +177,8 @@ def _with_files(path: Path) -> Path:
             any(folder.glob("*.safetensors")) or _index_of(folder)
         ):
             return folder
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
+    there = sorted(entry.name for entry in path.iterdir() if entry.exists())
+    found = ", ".join(there[:12]) or "nothing"
     raise CheckpointError(
         f"path: expected a checkpoint folder, with {looked_for}; got {str(path)!r} with {found}; "
         f"is it the right folder, and did the download finish?{_again(path)}"

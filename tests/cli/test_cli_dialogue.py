@@ -137,6 +137,23 @@ def test_each_turn_is_an_object(gptoss, folder, recited, typed):
     assert err == f"gptoss: {last['error']['message']}\n"
 
 
+def test_lines_may_end_as_on_windows(gptoss, folder, recited, typed):
+    recited[0].append(ANSWER)
+    typed("one\r\n")
+
+    gptoss("chat", "--checkpoint", folder)
+
+    assert "<|message|>one<|end|>" in recited[1][0]["prompt"]
+
+
+def test_a_wrong_command_is_an_object_too(gptoss, folder, recited, typed):
+    typed("/effort max\n")
+
+    status, out, _ = gptoss("chat", "--checkpoint", folder, "--json")
+
+    assert (status, json.loads(out)["error"]["type"]) == (2, "ValueError")
+
+
 # On a terminal. The model recites. What it says to "slow" never ends; to "stuck" it says nothing;
 # while it answers "lost" Ctrl-C comes where Python discards it, and then it is as to "slow".
 

@@ -60,7 +60,8 @@ def test_the_parser_knows_what_was_offered(model, reciter, header, content_type)
     assert [recovery.kind for recovery in reply.recoveries] == ["misspelled_field"]
 
 
-FILES = ToolNamespace("files", "The user's files.", [FunctionTool("read")])
+NAME = {"type": "object", "properties": {"name": {"type": "string"}}}
+FILES = ToolNamespace("files", "The user's files.", [FunctionTool("read", "", NAME)])
 
 
 def test_built_in_tools_are_offered_called_and_answered(model, tokenizer, reciter):
@@ -186,3 +187,23 @@ def test_a_moment_is_its_day(model, reciter):
     chat(model, "Hi", date=datetime.datetime(2025, 8, 5, 23, 59))
 
     assert "Current date: 2025-08-05\n" in reciter.prompt_text()
+
+
+def test_tools_may_come_from_an_iterator_between_turns(model, reciter):
+    reciter.says(CALL, ANSWER)
+    talk = Conversation(model)
+    talk.tools = (tool for tool in [WEATHER])
+
+    first = talk.ask("Ulm?")
+    talk.ask({"role": "tool", "name": "weather", "content": "rain"})
+
+    assert first.tool_calls[0].recipient == "functions.weather"
+    assert "type weather" in reciter.prompt_text(0) and "type weather" in reciter.prompt_text(1)
+
+
+def test_messages_of_two_kinds_are_told_apart(model):
+    talk = Conversation(model)
+    talk.messages = [{"role": "user", "content": "hi"}]
+
+    with pytest.raises(ValueError, match="either Messages or objects, not both"):
+        talk.ask("x")

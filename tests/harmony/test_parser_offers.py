@@ -7,6 +7,7 @@ import pytest
 from test_parser import BEFORE, FRAGMENTS, A, byte_id, check_nothing_lost
 
 from gptoss_jax.harmony import Message, parse, render_messages, render_prompt
+from gptoss_jax.harmony.offers import Offers
 from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
 
 OFFERED = ["functions.weather", "functions.clock", "python", "files.read", "files.open"]
@@ -30,6 +31,7 @@ OFFERED += ["browser.search", "browser.open"]
         ("commentary to=search code", "browser.search", ["misspelled_field"]),
         # with what models put around a name
         ("commentary to=functions.weather, json", "functions.weather", ["misspelled_field"]),
+        ("commentary to=functions.weather. json", "functions.weather", ["misspelled_field"]),
         ('commentary to="functions.weather" json', "functions.weather", ["misspelled_field"]),
         ("commentary to=weather() json", "functions.weather", ["misspelled_field"]),
         ('commentary to=weather{"a":1} json', "functions.weather", ["misspelled_field"]),
@@ -69,6 +71,30 @@ def test_which_offered_tool_is_called(header, recipient, recoveries, published):
     assert turn.tool_calls[0].content_type in ("json", "code")
     assert [recovery.kind for recovery in turn.recoveries] == recoveries
     check_nothing_lost(ids, published)
+
+
+@pytest.mark.parametrize("text", [
+    "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>x<|return|>",
+    "<|channel|>analysis search<|message|>t<|end|><|start|>assistant<|channel|>final text"
+    "<|message|>x<|return|>",
+    "search<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final json<|message|>"
+    "x<|return|>",
+])  # fmt: skip
+def test_ordinary_words_call_nothing_whatever_was_offered(text, published):
+    names = ["analysis", "final", "commentary", "search", "text", "json", "code", "assistant"]
+
+    turn = parse(published.encode(text, specials="ids"), published,
+                 tools=[f"functions.{name}" for name in names])  # fmt: skip
+
+    assert (turn.tool_calls, turn.analysis, turn.final) == ((), "t", "x")
+
+
+@pytest.mark.parametrize("written", ["functions/python", "tools.python", "search", "pythonjson"])
+def test_a_name_that_means_two_tools_means_neither(written):
+    offered = ["python", "functions.python", "functions.search", "browser.search"]
+
+    assert Offers(offered).meant_by(written) == (written, None)
+    assert Offers(offered).meant_by("python") == ("python", None)
 
 
 def test_a_role_is_no_tool_of_that_name(published):
