@@ -297,7 +297,6 @@ class Conversation:
 
     def stream(self, said: Messages) -> ReplyStream:
         """As `ask`, but returns at once. A stream that is not read to its end leaves no trace."""
-        self.tools = _as_tools(self.tools)  # they may have been changed, and come from an iterator
         added = self._as_messages(said)
         prompt, settings = self.prompt(self.messages + added), self._settings()
         limit = _limit(self.model, len(prompt), self.max_new_tokens, self.reasoning_effort)
@@ -319,7 +318,7 @@ class Conversation:
 
         parser = HarmonyParser(
             self.tokenizer,
-            tools=call_names(_as_tools(self.tools), settings.builtin_tools),
+            tools=self._call_names(),
             channels=settings.channels or CHANNELS,
         )
         return ReplyStream(prompt, pieces, parser, how.seed, remember)
@@ -342,6 +341,11 @@ class Conversation:
             builtin_tools=() if self.builtin_tools is None else self.builtin_tools,
         )
 
+    def _call_names(self) -> list[str]:
+        """What calls of the tools are written to, which may have been changed between turns."""
+        self.tools = _as_tools(self.tools)  # they may come from an iterator
+        return call_names(self.tools, self._settings().builtin_tools)
+
     def _as_messages(self, said: Messages) -> list[Message]:
         """What is said, as messages; a result goes to the channel of its call."""
         if isinstance(said, str):
@@ -355,14 +359,13 @@ class Conversation:
         ours = [message for message in several if isinstance(message, Message)]
         if ours and len(ours) == len(several):
             return ours
-        names = call_names(_as_tools(self.tools), self._settings().builtin_tools)
         known = [message for message in self.messages if isinstance(message, Message)]
         calls = {message.recipient: message.channel for message in known if message.is_tool_call}
         return [
             dataclasses.replace(message, channel=calls[message.name])
             if message.role == "tool" and message.name in calls
             else message
-            for message in messages_from_openai(several, tools=names)
+            for message in messages_from_openai(several, tools=self._call_names())
         ]
 
     def reset(self) -> None:

@@ -19,7 +19,7 @@ import jax
 from gptoss_jax import distributed
 from gptoss_jax.generation_config import GenerationConfig, read_generation_config
 from gptoss_jax.harmony import Tokenizer
-from gptoss_jax.harmony.tokenizer import FEWEST_PUBLISHED, PUBLISHED_VOCAB_SIZE, TOKENIZER_FILE
+from gptoss_jax.harmony.tokenizer import TOKENIZER_FILE, published_rows
 from gptoss_jax.inference import decode
 from gptoss_jax.inference.arguments import Integers, Prompts, one_each, prompt_list
 from gptoss_jax.inference.sampling import Sampling
@@ -181,10 +181,8 @@ def _candidate(model: Transformer) -> Tokenizer | None:
     """The tokenizer of the model's folder; the published one with as many rows as the model has."""
     vocab_size = model.config.vocab_size
     if model.origin is None:
-        return Tokenizer.compact() if vocab_size == 1024 else _published(vocab_size)
-    tokenizer = tokenizer_in(model.origin)
-    trimmed = tokenizer.is_published and vocab_size < tokenizer.vocab_size
-    return _published(vocab_size) or tokenizer if trimmed else tokenizer
+        return Tokenizer.compact() if vocab_size == 1024 else published_rows(vocab_size)
+    return tokenizer_in(model.origin).trimmed_to(vocab_size)
 
 
 def _fits(tokenizer: Tokenizer | None, model: Transformer) -> bool:
@@ -200,14 +198,6 @@ def tokenizer_in(folder: str) -> Tokenizer:
 @functools.lru_cache(maxsize=4)
 def _tokenizer_in(folder: str, changed: int | None) -> Tokenizer:
     return Tokenizer.from_folder(folder)
-
-
-@functools.lru_cache(maxsize=4)
-def _published(vocab_size: int) -> Tokenizer | None:
-    """The published tokenizer for so many rows; None if they are too few or too many."""
-    if FEWEST_PUBLISHED <= vocab_size <= PUBLISHED_VOCAB_SIZE:
-        return Tokenizer.published(vocab_size=vocab_size)
-    return None
 
 
 def stop_ids_of(model: Transformer, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:

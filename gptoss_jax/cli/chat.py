@@ -24,7 +24,7 @@ from gptoss_jax.cli.options import OfModel
 from gptoss_jax.cli.output import print_json, remark
 from gptoss_jax.cli.shown import has_result, remarks_on, reply_as_json, show
 from gptoss_jax.cli.stats import Stopwatch, in_words
-from gptoss_jax.cli.values import Count, File, Positional, Text, is_date
+from gptoss_jax.cli.values import Count, File, Positional, Text
 
 if TYPE_CHECKING:
     from gptoss_jax.conversation import Conversation, Reply, ReplyStream
@@ -74,7 +74,7 @@ class Chat(OfModel):
         if self.text is not None:
             return 0 if has_result(turns.answer(self.text)) else 1
         as_json = self.output.json
-        return Dialogue(talk, turns.answer_or_stop, turns.tell_speed, as_json=as_json).run()
+        return Dialogue(talk, turns.answer, turns.tell_speed, as_json=as_json).run()
 
     def conversation(self) -> "Conversation":
         """With the model loaded and nothing said."""
@@ -102,6 +102,8 @@ class Chat(OfModel):
             yield "TEXT: expected a question, got an empty one; leave it out for a conversation"
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             yield f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}"
+        from gptoss_jax.harmony.messages import is_date
+
         if self.date not in (None, "today") and not is_date(self.date):
             yield f"--date: expected YYYY-MM-DD or today, got {self.date!r}"
         try:
@@ -129,20 +131,13 @@ class Turns:
         self.watch = Stopwatch() if chat.output.stats else None
 
     def answer(self, text: str) -> "Reply":
-        """Print one reply as it comes."""
-        stream = self.stream(text)
-        reply = self.read(stream)
-        self.finish(stream, reply)
-        return reply
-
-    def answer_or_stop(self, text: str) -> "Reply":
-        """The same, but on a terminal Ctrl-C ends the reply and not the conversation."""
-        if not sys.stdin.isatty():
-            return self.answer(text)
+        """Print one reply as it comes. In a conversation at a terminal Ctrl-C ends it alone."""
         stream = self.stream(text)
         try:
             reply = self.read(stream)
         except KeyboardInterrupt:
+            if self.chat.text is not None or not sys.stdin.isatty():
+                raise
             reply = stream.stop()
         self.finish(stream, reply)
         return reply

@@ -18,7 +18,7 @@ import tyro
 from gptoss_jax.cli.info import console
 from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import print_json, printable, write
-from gptoss_jax.cli.values import CheckpointName, Flag, Group, Text, is_date
+from gptoss_jax.cli.values import CheckpointName, Flag, Group, Text
 from gptoss_jax.folders import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class Data:
         for name, value in numbers.items():
             if value < 1:
                 yield f"--{name}: expected at least 1, got {value}"
+        from gptoss_jax.harmony.messages import is_date
+
         if self.date is not None and not is_date(self.date):
             yield f"--date: expected YYYY-MM-DD, got {self.date!r}"
 
@@ -172,16 +174,14 @@ class Data:
 
     def tokenizer(self) -> "Tokenizer":
         from gptoss_jax.harmony import Tokenizer
-        from gptoss_jax.harmony.tokenizer import FEWEST_PUBLISHED
 
         if self.checkpoint is None:
             return Tokenizer.published()
         from gptoss_jax.weights.checkpoint import open_checkpoint
 
         folder = checkpoint_folder(self.checkpoint)
-        found, size = Tokenizer.from_folder(folder), open_checkpoint(folder).config.vocab_size
-        if found.vocab_size > size and found.is_published and size >= FEWEST_PUBLISHED:
-            return Tokenizer.published(vocab_size=size)
+        size = open_checkpoint(folder).config.vocab_size
+        found = Tokenizer.from_folder(folder).trimmed_to(size)
         if found.vocab_size > size:
             whose = "the published one, as it declares none" if found.is_published else "its own"
             raise ValueError(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of options, as tyro shows them, and what their texts have to be.
+"""The types of options, as tyro shows them.
 
 An empty hint stands where tyro would write "(default: None)".
 """
 
-import datetime
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -27,11 +26,3 @@ Positional = Annotated[str | None, tyro.conf.Positional, _shown("[TEXT]")]
 Experts = Annotated[Literal["packed", "bf16"] | None, tyro.conf.arg(help_behavior_hint="")]
 Platform = Annotated[Literal["cpu", "gpu", "tpu"] | None, tyro.conf.arg(help_behavior_hint="")]
 Group = Annotated[T, tyro.conf.OmitArgPrefixes]  # its options stand together in --help
-
-
-def is_date(text: str | None) -> bool:
-    """Whether a text is YYYY-MM-DD, and a day that there is."""
-    try:
-        return datetime.date.fromisoformat(text or "").isoformat() == text
-    except ValueError:
-        return False

@@ -182,7 +182,7 @@ def _assistant_messages(
     problems: list[Problem],
     tools: Collection[str],
 ) -> Iterable[Message]:
-    reasoning, name = _reasoning(where, raw, problems), _optional_name(where, raw, problems)
+    reasoning, name = reasoning_of(where, raw, problems), _optional_name(where, raw, problems)
     calls = raw.get("tool_calls") or []
     if not isinstance(calls, list):
         advice = "send one object a call"
@@ -197,11 +197,14 @@ def _assistant_messages(
         yield _tool_call(f"{where}.tool_calls[{index}]", call, called, problems, tools)
 
 
-def _reasoning(where: str, raw: Mapping, problems: list[Problem]) -> str | None:
-    texts = {field: _optional_text(where, raw, field, problems) for field in _REASONING}
-    given = {field: text for field, text in texts.items() if text}
+def reasoning_of(
+    where: str, raw: Mapping, problems: list[Problem], names: Sequence[str] = _REASONING
+) -> str | None:
+    """The one text among the names that reasoning goes by; what is wrong is added to `problems`."""
+    texts = {name: _optional_text(where, raw, name, problems) for name in names}
+    given = {name: text for name, text in texts.items() if text}
     if len({*given.values()}) > 1:
-        advice = "send the reasoning once"
+        advice = "keep one of these fields"
         problems.append(problem(where, "one text of reasoning", list(given), advice))
     return next(iter(given.values()), None)
 

@@ -105,7 +105,7 @@ class SystemSettings:
                 f"reasoning_effort: expected low, medium or high, got {self.reasoning_effort!r}; "
                 "gpt-oss has no other level and cannot stop reasoning"
             )
-        if self.current_date is not None and not _is_date(self.current_date):
+        if self.current_date is not None and not is_date(self.current_date):
             raise ValueError(
                 f"current_date: expected YYYY-MM-DD or None, got {self.current_date!r}; the first "
                 "of May is 2026-05-01"
@@ -148,7 +148,8 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str) and len(value.split()) == 1
 
 
-def _is_date(text: object) -> bool:
+def is_date(text: object) -> bool:
+    """Whether it is YYYY-MM-DD, and a day that there is."""
     try:
         return isinstance(text, str) and date.fromisoformat(text).isoformat() == text
     except ValueError:

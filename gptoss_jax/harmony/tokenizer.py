@@ -6,6 +6,7 @@ This file owns the mapping between the two, everything else sees model ids only.
 messages: `render.py` writes conversations, `parser.py` reads them, `vocabulary.py` finds the bytes.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -150,6 +151,12 @@ class Tokenizer:
         }
         file.write_text(json.dumps(declaration, indent=2) + "\n", encoding="utf-8")
 
+    def trimmed_to(self, vocab_size: int) -> "Tokenizer":
+        """The published tokenizer without the last reserved ids, for a model that has trimmed
+        them; every other, and one that would lose ids in use, is itself."""
+        trims = self.is_published and vocab_size < self.vocab_size
+        return (published_rows(vocab_size) if trims else None) or self
+
     @property
     def is_published(self) -> bool:
         """Whether model ids are library ids."""
@@ -251,6 +258,14 @@ class Tokenizer:
                 f"it has {', '.join(self.specials)}"
             )
         return self.specials[text]
+
+
+@functools.lru_cache(maxsize=4)
+def published_rows(vocab_size: int) -> Tokenizer | None:
+    """The published tokenizer for so many rows; None if they are too few or too many."""
+    if FEWEST_PUBLISHED <= vocab_size <= PUBLISHED_VOCAB_SIZE:
+        return Tokenizer.published(vocab_size=vocab_size)
+    return None
 
 
 def _digestible(text: str) -> Iterator[str]:

@@ -10,7 +10,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gptoss_jax.harmony.from_openai import Problem, convert_message, convert_tools, problem
+from gptoss_jax.harmony.from_openai import (
+    Problem,
+    convert_message,
+    convert_tools,
+    problem,
+    reasoning_of,
+)
 from gptoss_jax.harmony.messages import EFFORTS, Message
 from gptoss_jax.harmony.tools import FunctionTool, call_names
 from gptoss_jax.training.conversations import Conversation
@@ -130,7 +136,8 @@ def _as_openai(where: str, raw: Mapping, problems: list[Problem]) -> dict[str, A
     if raw.get("role") == "function":
         fields["role"] = "tool"
     if raw.get("role") == "assistant":
-        fields |= {"reasoning": _thinking(where, raw, problems), "reasoning_content": None}
+        reasoning = reasoning_of(where, raw, problems, _THINKING)
+        fields |= {"reasoning": reasoning, "reasoning_content": None}
         fields.pop("thinking", None)
     call = fields.pop("function_call", None)
     if call is not None and raw.get("role") == "assistant":
@@ -138,19 +145,6 @@ def _as_openai(where: str, raw: Mapping, problems: list[Problem]) -> dict[str, A
     if isinstance(fields.get("tool_calls"), list):
         fields["tool_calls"] = [_with_text_arguments(call) for call in fields["tool_calls"]]
     return fields
-
-
-def _thinking(where: str, raw: Mapping, problems: list[Problem]) -> str | None:
-    """The one text among the names that reasoning goes by."""
-    given = {name: raw[name] for name in _THINKING if raw.get(name) not in (None, "")}
-    for name, value in given.items():
-        if not isinstance(value, str):
-            problems.append(problem(f"{where}.{name}", "text or null", value, "correct or omit it"))
-    texts = {value for value in given.values() if isinstance(value, str)}
-    if len(texts) > 1:
-        expected = "one text of reasoning"
-        problems.append(problem(where, expected, list(given), "keep one of these fields"))
-    return texts.pop() if texts else None
 
 
 def _with_text_arguments(call: Any) -> Any:
