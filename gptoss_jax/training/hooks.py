@@ -45,8 +45,12 @@ class Run:
     seconds: float = 0.0  # of training, those before an interruption included
     last: bool = False  # there are no more steps or no more batches
     interrupted: bool = False  # a signal has come: there may be little time left
-    reason: str | None = None  # why the run stops, once somebody has asked it to
+    ended: str | None = None  # why a hook has stopped the run, which a resumed one knows
+    reason: str | None = None  # why the run stops, once a hook or a signal has asked it to
     say: Callable[[str], None] = print
+    # Whether a signal asks the run to stop, and to save what it has: hooks that take long ask
+    # between two parts of their work, equally often in every process, and leave off.
+    stopping: Callable[[], bool] = lambda: False
 
     @property
     def model(self) -> Transformer:
@@ -54,7 +58,8 @@ class Run:
         return self.stepper.model(self.state)
 
     def stop(self, reason: str) -> None:
-        """Ask for an end after this step; the first reason counts."""
+        """Ask for an end after this step, for good; the first reason counts."""
+        self.ended = self.ended or reason
         self.reason = self.reason or reason
 
 
@@ -127,45 +132,70 @@ class Evaluation(Hook):
     """The loss of held-out batches, by the weight of their tokens: `held_out_loss`.
 
     `batches` are gone through anew each time; a list, or an object whose iterator begins anew. It
-    is what checkpoints and early stopping go by.
+    is what the best checkpoint and early stopping go by. A signal ends it between two batches; the
+    resumed run makes up for it.
     """
 
     def __init__(self, batches: Iterable[AnyBatch], *, every: int, at_start: bool = False):
         self.batches, self.every, self.at_start = batches, _every("every", every), at_start
+        self.owed = False  # an evaluation of the step that the run is at
 
     def on_start(self, run: Run) -> None:
-        if self.at_start and run.step == 0:
+        if self.owed or (self.at_start and run.step == 0):
             self._evaluate(run)
 
     def on_step(self, run: Run) -> None:
-        if _due(run, self.every):
+        if run.step % self.every == 0 or run.last:
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
-        sums = [run.stepper.evaluate(run.state, batch) for batch in self.batches]
+        sums = []
+        self.owed = True
+        for batch in self.batches:
+            if run.interrupted or run.stopping():
+                return
+            sums.append(run.stepper.evaluate(run.state, batch))
         nats, weight = (math.fsum(float(s[index]) for s in sums) for index in (0, 1))
         if not weight:
             raise ValueError("held-out data: expected tokens with weight, got none; check its mask")
-        run.metric = nats / weight
+        self.owed, run.metric = False, nats / weight
         run.evaluation |= {"held_out_loss": run.metric}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"owed": self.owed}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.owed = state.get("owed", False)
 
 
 class EarlyStopping(Hook):
-    """Stops when `metric` of an evaluation has not become better `patience` times in a row."""
+    """Stops when `metric` of an evaluation has not become better `patience` times in a row.
+
+    Evaluations without it do not count; if it never comes, the end of the run says so.
+    """
 
     def __init__(self, *, patience: int, min_delta: float = 0.0, metric: str = "held_out_loss"):
         self.patience, self.min_delta = _every("patience", patience), min_delta
         self.metric, self.best, self.waited = metric, math.inf, 0
+        self.others: set[str] = set()  # that came in its place
 
     def on_eval(self, run: Run) -> None:
         if self.metric not in run.evaluation:
-            has = ", ".join(run.evaluation)
-            raise ValueError(f"metric: expected one of the evaluation ({has}), got {self.metric!r}")
+            self.others |= run.evaluation.keys()
+            return
         found = run.evaluation[self.metric]
         better = found < self.best - self.min_delta
         self.best, self.waited = (found, 0) if better else (self.best, self.waited + 1)
         if self.waited >= self.patience:
             run.stop(f"early stopping: {self.metric} {found:.4f} was not below {self.best:.4f}")
+
+    def on_stop(self, run: Run) -> None:
+        if self.others and math.isinf(self.best) and not self.waited and not run.interrupted:
+            has = ", ".join(sorted(self.others))
+            run.say(
+                f"early stopping: expected {self.metric!r} in an evaluation, got {has} alone; "
+                "nothing could stop the run"
+            )
 
     def get_state(self) -> dict[str, Any]:
         return {"best": None if math.isinf(self.best) else self.best, "waited": self.waited}

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-NOTICE = b"\nstopping after this step; interrupt again to stop at once\n"
+NOTICE = b"\ngptoss: stopping after this step; interrupt again to stop at once\n"
 
 
 class SafeStop(contextlib.AbstractContextManager):
@@ -22,6 +22,7 @@ class SafeStop(contextlib.AbstractContextManager):
 
     def __init__(self):
         self._received: int | None = None
+        self._asked = 0  # times, the same on every process
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "SafeStop":
@@ -41,11 +42,15 @@ class SafeStop(contextlib.AbstractContextManager):
         self._received = number
         os.write(2, NOTICE)  # a handler may interrupt a print
 
-    def asked(self, step: int) -> str | None:
-        """The name of the signal, if all processes are to stop after this step.
+    def asked(self) -> str | None:
+        """The name of the signal, if all processes are to stop now.
 
-        To be called once after each step, by every process.
+        To be called after each step and between the parts of what takes long besides, equally often
+        by every process.
         """
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self._received = signal.SIGTERM
+        several = jax.process_count() > 1
+        if several and self._received is None:
+            self._asked += 1
+            if multihost_utils.reached_preemption_sync_point(self._asked):
+                self._received = signal.SIGTERM
         return None if self._received is None else signal.Signals(self._received).name

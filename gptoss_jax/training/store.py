@@ -9,10 +9,12 @@ A step has its name when it is complete: until then it is `step-00000100.writing
 may be killed at any moment. All processes of a run call everything here together.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import threading
@@ -39,7 +41,7 @@ except ImportError:  # not on Windows
 
 T = TypeVar("T")
 
-FACTS = "facts.json"
+FACTS, LOCK = "facts.json", ".lock"
 MESSAGE = 500  # characters of an error of a library
 STEP = re.compile(r"step-(\d{8,})")
 REST = re.compile(rf"{STEP.pattern}\.(writing|removing)")  # of a process that was killed
@@ -51,7 +53,7 @@ class CheckpointOptions:
 
     every: int = 100  # steps from one checkpoint to the next
     keep_last: int = 3  # the newest ones
-    keep_best: int = 0  # and those with the best metrics
+    keep_best: int = 0  # and those with the best metrics, which are then saved out of turn
     best: Literal["min", "max"] = "min"
 
     def __post_init__(self):
@@ -100,28 +102,38 @@ class CheckpointStore:
         self._saving: threading.Thread | None = None
         self._error: OSError | None = None
         self._lock: IO | None = None
+        self._best: int | None = None  # a step that is to stay
+
+    def lock(self) -> None:
+        """Keep other runs from writing to the folder, from now on; `save` does it, too.
+
+        Raises ValueError if one does, and OSError if the folder cannot be made.
+        """
+        together(lambda: self._lock_folder() if is_first() else None, "checkpoints")
 
     def save(
-        self, step: int, state: Any, facts: Mapping[str, Any], *, metric: float | None = None
+        self,
+        step: int,
+        state: Any,
+        facts: Mapping[str, Any],
+        *,
+        metric: float | None = None,
+        best: int | None = None,
     ) -> None:
         """Begin to save; returns when the arrays of `state` may be donated.
 
-        `facts` is JSON; tuples come back as lists. A metric that is not finite is no metric. Waits
-        for the save before, and raises its OSError, as `wait` does. Raises ValueError if there is
-        this step or a later one, or if another run writes to the folder.
+        `facts` is JSON; tuples come back as lists. A metric that is not finite is no metric. `best`
+        is a step, this or an earlier one, that is not to be removed. Waits for the save before, and
+        raises its OSError, as `wait` does. Raises ValueError if there is this step or a later one,
+        or if another run writes to the folder.
         """
         self.wait()
+        self._best = best
         text = _facts_text(step, facts, metric)
         agree("facts of the checkpoint", text)
         here = f"checkpoint of step {step}"
         _raise_of_all(together(lambda: self._begin(step) if is_first() else None, here))
-        try:
-            written = checkpoint.start_saving(self._path(step, ".writing") / "state", state)
-        except Exception as error:
-            failed = self._failed(step, error)
-            if isinstance(error, OSError):
-                raise failed from error
-            raise
+        written = self._started(step, state)
         self._saving = threading.Thread(target=self._finish, args=(step, text, written))
         self._saving.start()
 
@@ -168,6 +180,10 @@ class CheckpointStore:
         except (OSError, ValueError, LookupError):
             return None
 
+    def steps(self) -> list[int]:
+        """Those that are complete, oldest first."""
+        return sorted(self._steps())
+
     def latest(self) -> int | None:
         """The newest step that is complete, and not known to be damaged."""
         return max(self._steps() - self._damaged, default=None)
@@ -193,6 +209,25 @@ class CheckpointStore:
 
     # Saving --------------------------------------------------------------------------------------
 
+    def _started(self, step: int, state: Any) -> Callable[[], None]:
+        """What waits for the arrays; an OSError of one process is one of all."""
+        written, failed = None, None
+        try:
+            written = checkpoint.start_saving(self._path(step, ".writing") / "state", state)
+        except OSError as error:
+            failed = self._failed(step, error)
+        except Exception as error:
+            self._failed(step, error)
+            raise
+        try:
+            _raise_of_all(failed)
+        except OSError:
+            if written is not None:  # it waits for a process that will not come
+                threading.Thread(target=_in_vain, args=[written], daemon=True).start()
+            raise
+        assert written is not None
+        return written
+
     def _begin(self, step: int) -> OSError | None:
         """On the first process: what has to be in order before anything is written."""
         latest = self.latest()
@@ -202,7 +237,6 @@ class CheckpointStore:
                 "resume from the latest, or choose another folder"
             )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_folder()
             for path in self.folder.iterdir():
                 if REST.fullmatch(path.name):
@@ -249,24 +283,38 @@ class CheckpointStore:
 
     def _lock_folder(self) -> None:
         """Until it is closed, or the process ends in any way."""
-        if self._lock is not None or fcntl is None:
+        if self._lock is not None:
             return
-        self._lock = (self.folder / ".lock").open("w")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return
+        path = self.folder / LOCK
+        self._lock = path.open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._unlock()
+            self._lock.close()
+            self._lock = None
             raise ValueError(
                 f"folder: expected one that no other run writes to, got {self.folder}; choose "
                 "another, or wait until that run has ended"
             ) from None
         except OSError:
-            pass  # a file system without locks
+            return  # a file system without locks
+        if not _is_open_file(path, self._lock):  # a run that ended has removed it meanwhile
+            self._lock.close()
+            self._lock = None
+            self._lock_folder()
 
     def _unlock(self) -> None:
+        """A folder in which nothing came to be is gone again."""
         lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.close()
+        if lock is None:
+            return
+        if os.listdir(self.folder) == [LOCK]:
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
+        lock.close()
 
     def _set_aside(self, damaged: int) -> None:
         """Out of the way of a save of the same step."""
@@ -278,17 +326,18 @@ class CheckpointStore:
     def _prune(self) -> None:
         """Remove what is not to be kept, after a save, so that the newest is known to be good."""
         steps = sorted(self._steps())
-        keep = {*steps[-self.options.keep_last :], *self._best(steps)}
+        keep = {*steps[-self.options.keep_last :], *self._with_best_metrics(steps), self._best}
         for step in steps:
             if step not in keep and files_fit(self._path(step)):  # nothing of somebody else
                 self._path(step).rename(self._path(step, ".removing"))
                 shutil.rmtree(self._path(step, ".removing"))
 
-    def _best(self, steps: list[int]) -> list[int]:
+    def _with_best_metrics(self, steps: list[int]) -> list[int]:
+        """Of equal ones the earlier."""
         sign = 1 if self.options.best == "min" else -1
         metrics = {step: _metric(self._path(step)) for step in steps}
-        ranks = [(sign * metric, -step) for step, metric in metrics.items() if metric is not None]
-        return [-step for _, step in sorted(ranks)[: self.options.keep_best]]
+        ranks = [(sign * metric, step) for step, metric in metrics.items() if metric is not None]
+        return [step for _, step in sorted(ranks)[: self.options.keep_best]]
 
     # What there is -------------------------------------------------------------------------------
 
@@ -318,6 +367,18 @@ class CheckpointStore:
         path = self._path(step)
         state = checkpoint.restore(path / "state", like)
         return Restored(step, state, _read_facts(path)["facts"])
+
+
+def _is_open_file(path: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _in_vain(written: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):
+        written()
 
 
 def _raise_of_all(error: OSError | None) -> None:

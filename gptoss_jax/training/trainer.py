@@ -10,10 +10,12 @@ step.py, hooks in hooks.py.
 import contextlib
 import dataclasses
 import functools
+import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -32,15 +34,28 @@ from gptoss_jax.training.step import AnyBatch, Kind, Numbers, Step, StepOptions,
 class Store(Protocol):
     """What the loop wants of a place for checkpoints, as store.CheckpointStore is one."""
 
-    options: Any  # `every` so many steps
+    options: Any  # a CheckpointOptions
 
     def save(
-        self, step: int, state: Any, facts: Mapping[str, Any], *, metric: float | None = None
+        self,
+        step: int,
+        state: Any,
+        facts: Mapping[str, Any],
+        *,
+        metric: float | None = None,
+        best: int | None = None,
     ) -> None: ...
 
     def restore(self, like: TrainState) -> Any: ...
 
     def wait(self) -> None: ...
+
+
+class Best(NamedTuple):
+    """The evaluation that was better than all before it."""
+
+    step: int
+    metric: float
 
 
 class Outcome(NamedTuple):
@@ -53,6 +68,12 @@ class Outcome(NamedTuple):
     interrupted: bool  # by a signal: it can be resumed
     failed: bool  # the last checkpoint could not be written
     metrics: Metrics  # of the last step, and of the last evaluation
+    stepper: Step
+    best: Best | None = None  # None if nothing was evaluated after a step
+
+    def __repr__(self) -> str:
+        losses = "".join(f", {k} {v:.4f}" for k, v in self.metrics.items() if "loss" in k)
+        return f"<Outcome: {self.reason} at step {self.step}{losses}>"
 
 
 def train(
@@ -66,6 +87,7 @@ def train(
     store: Store | None = None,
     facts: Mapping[str, Any] | None = None,
     accept: Callable[[Mapping[str, Any]], None] = lambda facts: None,
+    go_on: bool = False,
     folder: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
@@ -74,18 +96,22 @@ def train(
     With a `store` the run goes on from its latest checkpoint, bit for bit as if it had not been
     interrupted, if `batches` have `get_state` and `set_state` (JSON). `facts` are the caller's,
     saved with each checkpoint; `accept` is given those of the checkpoint and raises an error if the
-    run must not go on with others. `folder` is where hooks write, and where a batch is kept whose
-    loss is not finite: that stops the run with FloatingPointError, the parameters as they were.
+    run must not go on with others. A run that a hook has stopped has ended, and does so again when
+    it is resumed, unless it is told to `go_on`. `folder` is where hooks write, and where a batch is
+    kept whose loss is not finite: that stops the run with FloatingPointError, the parameters as
+    they were, and saved.
 
-    SIGTERM or SIGINT lets the step end, saves, and returns; a second SIGINT stops at once. On a
-    mesh every process is given the same batches, or its own rows of them.
+    A checkpoint is written every so many steps, at the end, and, if the store keeps the best ones,
+    whenever a hook has set a `run.metric` better than all before. SIGTERM or SIGINT lets the step
+    end, saves, and returns; a second SIGINT stops at once. On a mesh every process is given the
+    same batches, or its own rows of them.
     """
     options = options or StepOptions()
     if any(hook.group_norms for hook in hooks):
         options = dataclasses.replace(options, group_norms=True)
     stepper = Step(model, optimisation, trainable=trainable, options=options)
     loop = _Loop(stepper, batches, hooks, store, dict(facts or {}), of_first(say))
-    run = loop.begin(model, accept, None if folder is None else Path(folder))
+    run = loop.begin(model, accept, go_on, None if folder is None else Path(folder))
     with SafeStop() as signals:
         return loop.run_all(run, signals)
 
@@ -99,7 +125,7 @@ class _Next(NamedTuple):
 
 
 class _Loop:
-    """What does not change during a run."""
+    """What does not change during a run, and what it remembers of its past."""
 
     def __init__(self, stepper, batches, hooks, store, facts, say):
         self.stepper: Step = stepper
@@ -109,9 +135,14 @@ class _Loop:
         self.facts: dict[str, Any] = facts
         self.say: Callable[[str], None] = say
         self.failed = False
-        self.evaluated: Metrics = {}
+        self.evaluated: Metrics = {}  # the last evaluation
+        self.best: Best | None = None
+        self.saved = 0  # the step of the last checkpoint
+        self.position: Any = None  # of the data, after the steps that are done
 
-    def begin(self, model: Transformer, accept: Callable, folder: Path | None) -> Run:
+    def begin(
+        self, model: Transformer, accept: Callable, go_on: bool, folder: Path | None
+    ) -> Run:
         """The run at its start, or as the store has it."""
         if folder is not None and is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,49 +152,66 @@ class _Loop:
         run = Run(stepper=self.stepper, state=state, steps=steps, folder=folder, say=self.say)
         if found is not None:
             accept(found.facts["run"])
-            self._resume(run, found.step, found.facts)
+            self._resume(run, found.step, found.facts, go_on)
         return run
 
-    def _resume(self, run: Run, step: int, facts: Mapping[str, Any]) -> None:
-        run.step = step
+    def _resume(self, run: Run, step: int, facts: Mapping[str, Any], go_on: bool) -> None:
+        run.step = self.saved = step
         for name, value in facts["counters"].items():
             setattr(run, name, value)
-        if facts["data"] is not None:
-            self.batches.set_state(facts["data"])
+        self.position = facts["data"]
+        if self.position is not None:
+            self.batches.set_state(self.position)
         for name, state in facts["hooks"].items():
             if name in self.hooks:
                 self.hooks[name].set_state(state)
-        run.say(f"resumed after step {step}")
+        # What checkpoints of earlier versions do not have:
+        run.metrics, self.evaluated = facts.get("metrics", {}), facts.get("evaluation", {})
+        self.best = Best(*facts["best"]) if facts.get("best") else None
+        if not go_on:
+            run.ended = run.reason = facts.get("ended")
+        if run.reason is None and step < run.steps:
+            run.say(f"resumed after step {step}")
 
     def run_all(self, run: Run, signals: SafeStop) -> Outcome:
         """All steps there are."""
+        run.stopping = functools.partial(_stopping, run, signals)
         with contextlib.ExitStack() as at_end:
             for hook in self.hooks.values():
                 at_end.callback(hook.on_stop, run)
                 hook.on_start(run)
-            self._tell_evaluation(run)
-            following = self._following(run, run.step)
-            if following is None and run.step == 0:
+            self._evaluation(run)
+            following = None if run.reason else self._following(run, run.step)
+            if following is None and run.step == 0 and run.reason is None:
                 raise ValueError("batches: expected at least one, got none")
             while following is not None and run.reason is None:
-                following = self._step(run, following, signals)
-            run.stop("all steps are done" if run.step >= run.steps else "no more batches")
+                following = self._step(run, following)
+            if run.reason is None:
+                run.reason = "all steps are done" if run.step >= run.steps else "no more batches"
             if self.store is not None:
                 self._written(run, self.store.wait)
-        metrics = run.metrics | self.evaluated
         return Outcome(
-            run.model, run.state, run.step, str(run.reason), run.interrupted, self.failed, metrics
+            model=run.model,
+            state=run.state,
+            step=run.step,
+            reason=run.reason,
+            interrupted=run.interrupted,
+            failed=self.failed,
+            metrics=run.metrics | self.evaluated,
+            stepper=self.stepper,
+            best=self.best,
         )
 
-    def _step(self, run: Run, now: _Next, signals: SafeStop) -> _Next | None:
+    def _step(self, run: Run, now: _Next) -> _Next | None:
         """One step, and the batch after it, which is fetched while the devices are busy."""
         start = time.perf_counter()
         run.state, numbers = self.stepper(run.state, now.there)
         following = self._following(run, run.step + 1)
         numbers: Numbers = jax.device_get(numbers)
         seconds = time.perf_counter() - start
-        self._check(run, numbers, now.batch)
-        run.step, run.last = run.step + 1, following is None
+        if not (np.isfinite(numbers.loss) and np.isfinite(numbers.grad_norm)):
+            self._not_finite(run, numbers, now.batch)
+        run.step, run.last, self.position = run.step + 1, following is None, now.position
         run.tokens += int(numbers.counts.tokens)
         run.trained_tokens += int(numbers.counts.trained)
         run.metrics = {
@@ -172,16 +220,15 @@ class _Loop:
             "seconds": run.seconds + seconds,
             **step_metrics(self.stepper, numbers, seconds),
         }
-        name = signals.asked(run.step)
-        if name is not None and not run.last:
-            run.interrupted = True
-            run.stop(f"stopped by {name}")
         run.evaluation, run.metric = {}, None
+        run.stopping()
         for hook in self.hooks.values():
             hook.on_step(run)
-        self._tell_evaluation(run)
-        self._save(run, now.position)
+        better = self._evaluation(run)
+        run.stopping()
         run.seconds += time.perf_counter() - start
+        if run.last or run.reason is not None or self._due(run.step, better):
+            self._save(run)
         return following
 
     def _following(self, run: Run, done: int) -> _Next | None:
@@ -191,9 +238,8 @@ class _Loop:
         get_state = getattr(self.batches, "get_state", None)
         return _Next(batch, self.stepper.put(batch), get_state and get_state())
 
-    def _check(self, run: Run, numbers: Numbers, batch: AnyBatch) -> None:
-        if np.isfinite(numbers.loss) and np.isfinite(numbers.grad_norm):
-            return
+    def _not_finite(self, run: Run, numbers: Numbers, batch: AnyBatch) -> NoReturn:
+        """Save what there was before this step, keep the batch, and raise."""
         kept = "give a folder to have its batch kept"
         if run.folder is not None:
             which = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
@@ -202,36 +248,53 @@ class _Loop:
             arrays: dict[str, Any] = {name: np.asarray(getattr(batch, name)) for name in fields}
             np.savez(path, **arrays)
             kept = f"its batch is in {path}"
+        if run.step > self.saved:
+            self._save(run)
         raise FloatingPointError(
             f"loss: expected a finite number, got {numbers.loss} with a gradient of norm "
             f"{numbers.grad_norm} at step {run.step + 1}; the parameters are those of step "
             f"{run.step}; {kept}"
         )
 
-    def _tell_evaluation(self, run: Run) -> None:
+    def _evaluation(self, run: Run) -> bool:
+        """Tell the hooks of what some of them have measured; whether it is the best so far."""
         if run.evaluation:
             self.evaluated = dict(run.evaluation)
             for hook in self.hooks.values():
                 hook.on_eval(run)
+        if run.step == 0 or run.metric is None or not math.isfinite(run.metric):
+            return False
+        sign = -1 if self.store is not None and self.store.options.best == "max" else 1
+        better = self.best is None or sign * run.metric < sign * self.best.metric
+        if better:
+            self.best = Best(run.step, float(run.metric))
+        return better
 
-    def _save(self, run: Run, position: Any) -> None:
-        """Every so many steps, and when the run ends."""
-        ends = run.last or run.reason is not None
-        if self.store is None or not (ends or run.step % self.store.options.every == 0):
+    def _due(self, step: int, better: bool) -> bool:
+        """Whether the store wants this step."""
+        options = self.store.options if self.store is not None else None
+        return bool(options and (step % options.every == 0 or (better and options.keep_best)))
+
+    def _save(self, run: Run) -> None:
+        if self.store is None:
             return
-        seconds = float(everyones(f"{run.seconds:.1f}", "seconds")[0])
         facts = {
             "run": self.facts,
-            "data": position,
-            "counters": {
-                "tokens": run.tokens,
-                "trained_tokens": run.trained_tokens,
-                "seconds": seconds,
-            },
+            "data": self.position,
+            "counters": {"tokens": run.tokens, "trained_tokens": run.trained_tokens}
+            | _of_first_process({"seconds": round(run.seconds, 1)}),
             "hooks": {name: hook.get_state() for name, hook in self.hooks.items()},
+            "metrics": _of_first_process(run.metrics),
+            "evaluation": _of_first_process(self.evaluated),
+            "best": self.best and list(self.best),
+            "ended": run.ended,
         }
-        save = functools.partial(self.store.save, run.step, run.state, facts, metric=run.metric)
+        best = self.best and self.best.step
+        save = functools.partial(
+            self.store.save, run.step, run.state, facts, metric=run.metric, best=best
+        )
         if self._written(run, save):
+            self.saved = run.step
             for hook in self.hooks.values():
                 hook.on_checkpoint(run)
 
@@ -243,6 +306,20 @@ class _Loop:
             self.failed, run.reason = True, str(error)
             run.say(run.reason)
         return not self.failed
+
+
+def _stopping(run: Run, signals: SafeStop) -> bool:
+    """Whether a signal has come; the run then stops, to be resumed."""
+    name = signals.asked()
+    if name is not None:
+        run.interrupted, run.reason = True, run.reason or f"stopped by {name}"
+    return run.interrupted
+
+
+def _of_first_process(numbers: Metrics) -> Metrics:
+    """Those that are finite, as the first process has them: times and memory differ."""
+    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+    return json.loads(everyones(json.dumps(finite), "metrics")[0])
 
 
 def _named(hooks: Sequence[Hook]) -> dict[str, Hook]:

@@ -29,6 +29,7 @@ from gptoss_jax.training.metrics import active_parameters, peak, step_operations
 from gptoss_jax.training.reporters import MetricsFile, ProgressBar, TensorBoard, Trackio, WandB
 from gptoss_jax.training.router import balance_loss, hidden_and_routes
 from gptoss_jax.training.step import Counts, Step, TrainState
+from gptoss_jax.training.store import CheckpointOptions
 from gptoss_jax.training.trainer import train
 
 METRICS = {"loss": 2.0, "tokens_per_second": 1500.0, "seconds": 3.0, "memory_bytes": 2e9}
@@ -80,9 +81,9 @@ class Diary(Hook):
 class Store:
     """Keeps nothing."""
 
-    options = types.SimpleNamespace(every=100)
+    options = CheckpointOptions(every=100)
 
-    def save(self, step, state, facts, *, metric=None): ...
+    def save(self, step, state, facts, *, metric=None, best=None): ...
 
     def restore(self, like): ...
 
@@ -161,9 +162,29 @@ def test_no_evaluation_when_time_is_short(run):
     run.stepper.evaluate = lambda state, batch: (3.0, 2.0, 0.0)
     run.interrupted = True
 
-    steps(run, Evaluation([packed_batch(208)], every=1), 1)
+    hook = Evaluation([packed_batch(208)], every=1)
+    steps(run, hook, 1)
 
     assert run.evaluation == {}
+    resumed = Evaluation([packed_batch(208)], every=1)  # makes up for it
+    resumed.set_state(json.loads(json.dumps(hook.get_state())))
+    run.interrupted = False
+    resumed.on_start(run)
+    assert run.evaluation == {"held_out_loss": 1.5}
+    assert resumed.get_state() == {"owed": False}
+
+
+def test_a_signal_amid_an_evaluation(run):
+    """It is left off between two batches, and counts for nothing."""
+    evaluated = []
+    run.stepper.evaluate = lambda state, batch: evaluated.append(batch) or (3.0, 2.0, 0.0)
+    run.stopping = lambda: len(evaluated) == 2
+
+    hook = Evaluation([packed_batch(208)] * 5, every=1)
+    steps(run, hook, 1)
+
+    assert len(evaluated) == 2
+    assert (run.evaluation, run.metric, hook.owed) == ({}, None, True)
 
 
 def test_early_stopping(run):
@@ -183,10 +204,25 @@ def test_early_stopping(run):
     fresh.set_state(json.loads(json.dumps(EarlyStopping(patience=1).get_state())))
     fresh.on_eval(run)
     assert fresh.best == 2.5
-    with pytest.raises(
-        ValueError, match=r"metric: expected one of .*\(held_out_loss\), got 'lose'"
-    ):
-        EarlyStopping(patience=1, metric="lose").on_eval(run)
+
+
+def test_early_stopping_without_its_metric(run):
+    """Evaluations of something else do not count; that it never came is said at the end."""
+    hook = EarlyStopping(patience=1)
+    for _ in range(3):
+        run.evaluation = {"exact_match": 0.5}
+        hook.on_eval(run)
+    hook.on_stop(run)
+
+    assert run.reason is None
+    assert run.said == [
+        "early stopping: expected 'held_out_loss' in an evaluation, got exact_match alone; nothing "
+        "could stop the run"
+    ]
+    run.evaluation = {"exact_match": 0.5, "held_out_loss": 2.0}
+    hook.on_eval(run)
+    hook.on_stop(run)
+    assert (hook.best, len(run.said)) == (2.0, 1)
 
 
 def test_samples(model, run, tmp_path):

@@ -27,7 +27,7 @@ from small_runs import (
 from gptoss_jax.training.hooks import Hook
 from gptoss_jax.training.signals import SafeStop
 from gptoss_jax.training.step import Step, StepOptions, TrainState
-from gptoss_jax.training.store import Restored
+from gptoss_jax.training.store import CheckpointOptions, Restored
 from gptoss_jax.training.trainer import train
 
 
@@ -57,18 +57,15 @@ class Batches:
         self.number = state["number"]
 
 
-class Options:
-    every = 100
-
-
 class FakeStore:
     """Keeps what it is given in memory, as a store does on a disk."""
 
-    def __init__(self, every: int = 100, full_from: int = 100):
-        self.options, self.full_from, self.kept = Options(), full_from, {}
-        self.options.every = every
+    def __init__(self, every: int = 100, full_from: int = 100, keep_best: int = 0):
+        self.options = CheckpointOptions(every=every, keep_best=keep_best)
+        self.full_from, self.kept, self.best = full_from, {}, []
 
-    def save(self, step, state, facts, *, metric=None):
+    def save(self, step, state, facts, *, metric=None, best=None):
+        self.best.append(best)
         if step >= self.full_from:
             raise OSError(f"no space left; step {max(self.kept)} stays the latest")
         self.kept[step] = jax.tree.map(np.array, state), json.dumps(facts), metric
@@ -254,7 +251,7 @@ def test_a_run_that_is_taken_up_again(model, whole):
 
         stopped = run(model, first, store=store, facts={"a": 1})
         accepted = []
-        resumed = run(model, second, store=store, accept=accepted.append)
+        resumed = run(model, second, store=store, accept=accepted.append, go_on=True)
 
         assert (stopped.reason, stopped.step, *store.kept) == ("enough", step, step, 4)
         assert accepted == [{"a": 1}]
@@ -286,17 +283,16 @@ def test_a_signal(model, whole, number):
     outcome = run(model, At(2, lambda run: os.kill(os.getpid(), number)), store=store)
 
     assert outcome.interrupted and outcome.reason == f"stopped by {number.name}"
-    # it came when step 2 was over
-    assert (outcome.step, *store.kept) == (3, 3)
+    assert (outcome.step, *store.kept) == (2, 2)
     assert signal.getsignal(number) is before
     check_same_bits(run(model, store=store).state, whole[0].state)
 
 
 def test_a_second_interrupt_ends_at_once():
     with SafeStop() as signals:
-        assert signals.asked(1) is None
+        assert signals.asked() is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.asked(2) == "SIGTERM"
+        assert signals.asked() == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
