@@ -7,6 +7,7 @@ none of them; configs/ has the files.
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -29,12 +30,27 @@ def read_run(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
     if not path.is_file():
         raise ValueError(f"{path}: expected a TOML file, got nothing there; configs/ has some")
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        fields = _begun(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: expected TOML, got {error}") from None
     for override in overrides:
         _set(fields, override)
     return from_fields(kind, fields, where=str(path))
+
+
+def _begun(text: str) -> dict[str, Any]:
+    """The fields of a run as its output folder has them, in run.json: those with a value."""
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or not isinstance(facts.get("run"), dict):
+        raise ValueError("JSON that is no run's")
+    return _without_nulls(facts["run"])
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
 
 
 def from_fields(kind: type[T], fields: Mapping[str, Any], *, where: str) -> T:

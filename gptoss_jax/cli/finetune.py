@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
@@ -16,9 +16,13 @@ from gptoss_jax.cli.output import print_json, remark
 from gptoss_jax.cli.processes import Processes
 from gptoss_jax.cli.values import Group
 
+if TYPE_CHECKING:
+    from gptoss_jax.finetuning.options import FinetuneRun
+
 T = TypeVar("T")
 
 MOST_ON_CPU = 8  # devices of a mesh that are made of one CPU
+RUN = "run.json"  # in an output folder: what the run is
 TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the run
 # How errors begin -> which field is meant.
 FIELDS = {
@@ -52,32 +56,38 @@ class Finetune:
     """Fine-tune a model as a TOML file says; configs/finetune/ has some to begin from.
 
     Adapters or all parameters, checkpoints in the run's folder: the same command goes on with a run
-    that was stopped, whose exit status is 75.
+    that was stopped, whose exit status is 75, and so does the folder in the place of the file.
 
     Example: gptoss finetune configs/finetune/tiny-lora.toml optimisation.steps=100
     """
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
-    """The run."""
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A TOML file, or the output folder of a run that was begun."""
     overrides: Overrides = dataclasses.field(default_factory=list)
     """Fields of it that are to be different, as optimisation.steps=20 or lora.rank=16."""
+    export_step: int | None = None
+    """Train nothing: write what the checkpoint of this step holds, beside the result."""
+    accept_changes: bool = False
+    """Go on with other rates than those the run began with, from where it is."""
     output: Group[Output] = dataclasses.field(default_factory=Output)
     processes: Group[Processes] = dataclasses.field(default_factory=Processes)
 
     def run(self) -> int:
         self.processes.begin(self.check)
-        from gptoss_jax.finetuning.options import FinetuneRun
-        from gptoss_jax.finetuning.run import finetune
+        from gptoss_jax.finetuning.run import export_step, finetune
         from gptoss_jax.inference.compilation import enable_compilation_cache
-        from gptoss_jax.run_file import read_run
 
-        together = self.processes.together
-        run = together(lambda: read_run(FinetuneRun, self.config, self.overrides), "config")
+        run = self.processes.together(self.read, "config")
         self.processes.agree("config", run.as_fields)
         if not self.processes.several:
             share_cores(math.prod(run.mesh.values()))
         enable_compilation_cache()
-        done = self.in_fields(lambda: finetune(run, say=remark))
+        if self.export_step is not None:
+            step = self.export_step
+            folder = self.in_fields(lambda: export_step(run, step, say=remark))
+            print_json({"step": step, "result": str(folder)}) if self.output.json else print(folder)
+            return 0
+        done = self.in_fields(lambda: finetune(run, say=remark, accept_changes=self.accept_changes))
         outcome = done.outcome
         if self.output.json:
             print_json(
@@ -85,6 +95,7 @@ class Finetune:
                     "steps": outcome.step,
                     "ended": outcome.reason,
                     "result": done.result and str(done.result),
+                    "result_step": done.result and done.step,
                     **outcome.metrics,
                 }
             )
@@ -93,6 +104,16 @@ class Finetune:
         if outcome.interrupted:
             return TO_BE_RESUMED
         return 1 if outcome.failed else 0
+
+    def read(self) -> "FinetuneRun":
+        """The run that a file describes, or that a folder was begun as."""
+        from gptoss_jax.finetuning.options import FinetuneRun
+        from gptoss_jax.run_file import read_run
+
+        if not os.path.isdir(self.config):
+            return read_run(FinetuneRun, self.config, self.overrides)
+        run = read_run(FinetuneRun, os.path.join(self.config, RUN), self.overrides)
+        return dataclasses.replace(run, output=self.config)  # wherever it was moved to
 
     def in_fields(self, action: Callable[[], T]) -> T:
         """Do it; what is wrong with the weights is said of the file's fields, not of options."""
@@ -107,11 +128,19 @@ class Finetune:
     def check(self) -> None:
         """Raise ValueError for what is wrong on the face of it."""
         problems = []
-        if not os.path.isfile(self.config):
+        if os.path.isdir(self.config):
+            if not os.path.isfile(os.path.join(self.config, RUN)):
+                problems.append(
+                    f"RUN: expected a TOML file, or the output folder of a run, got the folder "
+                    f"{self.config!r} without {RUN}; configs/finetune/ has files to begin from"
+                )
+        elif not os.path.isfile(self.config):
             problems.append(
-                f"CONFIG.toml: expected a TOML file, got nothing at {self.config!r}; "
+                f"RUN: expected a TOML file, got nothing at {self.config!r}; "
                 "configs/finetune/ has some"
             )
+        if self.export_step is not None and self.export_step < 1:
+            problems.append(f"--export-step: expected a step from 1 on, got {self.export_step}")
         problems += [
             f"{word}: expected FIELD=VALUE without spaces, as optimisation.steps=20; quote it if "
             "the shell would take it apart"

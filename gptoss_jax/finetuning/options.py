@@ -5,8 +5,11 @@ Most tables are the options of the room that uses them. configs/finetune/ has ru
 """
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+
+from flax import nnx
 
 from gptoss_jax.mesh_file import WrittenMesh, written_mesh
 from gptoss_jax.training.data import DataOptions
@@ -18,10 +21,11 @@ from gptoss_jax.training.store import CheckpointOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseOptions:
-    """The model that is fine-tuned."""
+    """The model that is fine-tuned, and adapters to begin from, which go without a [lora] table."""
 
     checkpoint: str | None = None  # a folder or a name, as in `load`; None is the tiny one
-    experts: Literal["packed", "bf16"] | None = None  # None: as they are; bf16 without lora
+    adapter: str | None = None  # a folder of adapters of that checkpoint, which are trained on
+    experts: Literal["packed", "bf16"] | None = None  # None: as they are; bf16 without adapters
     dtype: Literal["bfloat16", "float32"] | None = None  # None: what suits the device
 
 
@@ -52,12 +56,19 @@ class HookOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneRun:
-    """Everything that decides what comes out. Without `lora` all parameters are trained."""
+    """Everything that decides what comes out.
+
+    Without `lora`, and without `model.adapter`, all parameters are trained. A table may be given as
+    a mapping of its fields, `output` as a path, and `hooks` as hooks that are made already.
+    """
 
     output: str  # the folder of checkpoints, metrics and the result
     data: DataOptions
     optimisation: Optimisation
     seed: int = 0  # of new adapters
+    # Whose state the result is: that of the best evaluation, or of the last step. None: of the
+    # best, if there is held-out data.
+    result: Literal["best", "last"] | None = None
     model: BaseOptions = dataclasses.field(default_factory=BaseOptions)
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -68,22 +79,87 @@ class FinetuneRun:
     hooks: tuple[HookOptions, ...] = ()
 
     def __post_init__(self):
-        problems = []
-        if self.lora is None and self.model.experts == "packed":
-            problems.append(
-                "model.experts: expected bf16 where all parameters are trained, got packed, whose "
-                "bytes have no gradient; add a [lora] table, or set bf16"
-            )
-        if self.watch.patience is not None and not self.data.eval:
-            problems.append("watch.patience: expected held-out data in data.eval, got none")
-        if self.watch.evaluate_every is not None and not self.data.eval:
-            problems.append("watch.evaluate_every: expected held-out data in data.eval, got none")
+        self._make_tables()
+        problems = [*self._of_the_model(), *self._without_effect(), *self._not_whole()]
+        if not self.output:
+            problems.append("output: expected a folder, got an empty name; name one")
         if self.data.share_beginning:
             problems += self._not_shared()
         if self.optimisation.steps is None and self.data.epochs is None:
             problems.append("optimisation.steps: expected a number, or data.epochs, got neither")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _make_tables(self) -> None:
+        """Of mappings that are given in their place, from Python."""
+        for name, kind in TABLES.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, _made(kind, name, value))
+            elif not isinstance(value, kind) and (name, value) != ("lora", None):
+                raise ValueError(
+                    f"{name}: expected {kind.__name__}, or a mapping of its fields, got {value!r}"
+                )
+        if isinstance(self.output, os.PathLike):
+            object.__setattr__(self, "output", os.fspath(self.output))
+        made = [
+            _made(HookOptions, f"hooks[{i}]", hook) if isinstance(hook, Mapping) else hook
+            for i, hook in enumerate(self.hooks)
+        ]
+        object.__setattr__(self, "hooks", tuple(made))
+
+    def _of_the_model(self) -> Iterator[str]:
+        if self.lora is not None and self.model.adapter is not None:
+            yield (
+                "model.adapter: expected none beside a [lora] table, which makes new ones, got "
+                f"{self.model.adapter!r}; leave the table out to train these on"
+            )
+        if not self.trains_adapters and self.model.experts == "packed":
+            yield (
+                "model.experts: expected bf16 where all parameters are trained, got packed, whose "
+                "bytes have no gradient; add a [lora] table, or set bf16"
+            )
+        if self.trains_adapters and self.optimisation.optimiser == "muon":
+            yield (
+                "optimisation.optimiser: expected another than muon for adapters, which it would "
+                "leave to adamw; set adamw"
+            )
+        if self.trains_adapters and self.step.mxfp4_experts:
+            yield (
+                "step.mxfp4_experts: expected false for adapters, whose experts are not trained, "
+                "got true; leave it out"
+            )
+
+    def _without_effect(self) -> Iterator[str]:
+        """Options that need another one."""
+        watch, evaluated = self.watch, bool(self.data.eval)
+        for name, value in (
+            ("watch.patience", watch.patience),
+            ("watch.evaluate_every", watch.evaluate_every),
+            ("watch.router_every", watch.router_every),
+        ):
+            if value is not None and not evaluated:
+                yield f"{name}: expected held-out data in data.eval, got none"
+        if watch.patience is not None and evaluated and watch.evaluate_every is None:
+            yield "watch.patience: expected watch.evaluate_every beside it, got none; set it"
+        if not (evaluated or self.hooks):  # a hook may set a metric of its own
+            for name, value in (
+                ("result", self.result == "best"),
+                ("checkpoints.keep_best", self.checkpoints.keep_best),
+            ):
+                if value:
+                    yield f"{name}: expected held-out data in data.eval to go by, got none"
+        if watch.samples_every != WatchOptions.samples_every and not watch.samples:
+            yield "watch.samples_every: expected prompts in watch.samples, got none"
+
+    def _not_whole(self) -> Iterator[str]:
+        names = ("evaluate_every", "patience", "samples_every", "router_every", "log_every")
+        for name in names:
+            value = getattr(self.watch, name)
+            if value is not None and (type(value) is not int or value < 1):
+                yield f"watch.{name}: expected a whole number of at least 1, got {value!r}"
+        if self.result not in (None, "best", "last"):
+            yield f"result: expected best or last, got {self.result!r}"
 
     def _not_shared(self) -> list[str]:
         """What there is for packed rows alone."""
@@ -99,9 +175,21 @@ class FinetuneRun:
         ]
 
     @property
+    def trains_adapters(self) -> bool:
+        return self.lora is not None or self.model.adapter is not None
+
+    @property
+    def trainable(self) -> type[nnx.Variable]:
+        return nnx.LoRAParam if self.trains_adapters else nnx.Param
+
+    @property
+    def wants_best(self) -> bool:
+        return self.result == "best" or (self.result is None and bool(self.data.eval))
+
+    @property
     def experts(self) -> str | None:
         """How they are held; None is as the checkpoint has them, where adapters are trained."""
-        return self.model.experts or ("bf16" if self.lora is None else None)
+        return self.model.experts or (None if self.trains_adapters else "bf16")
 
     def written_mesh(self) -> WrittenMesh | None:
         """How devices share the model; None is one device."""
@@ -112,22 +200,36 @@ class FinetuneRun:
 
     def as_fields(self) -> dict[str, Any]:
         """As JSON has it, every option that was left out included."""
-        return _plain(dataclasses.asdict(self))
+        return _plain(self)
+
+
+TABLES: Mapping[str, type] = {
+    "data": DataOptions,
+    "optimisation": Optimisation,
+    "model": BaseOptions,
+    "lora": LoraOptions,
+    "step": StepOptions,
+    "checkpoints": CheckpointOptions,
+    "watch": WatchOptions,
+}
+
+
+def _made(kind: type, name: str, fields: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise ValueError(f"{name}: expected fields of {known}, got {error}") from None
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
-    """The names of options that two runs have set differently, with both values."""
-    found = []
-    for name in dict.fromkeys((*before, *now)):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{where}{name}.")
-        elif old != new:
-            found.append(f"{where}{name}: {old!r} became {new!r}")
-    return found
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return f"{type(value).__module__}:{type(value).__qualname__}"  # a hook that is made already

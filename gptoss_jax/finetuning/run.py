@@ -1,109 +1,235 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fine-tuning run from beginning to end, behind `gptoss finetune`.
 
-Joins the base model and its adapters, the data, the hooks, the checkpoints and the loop; what comes
-out is an adapter folder, or a model where all parameters were trained.
+Joins the base model and its adapters, the data, the hooks, the checkpoints and the loop. What costs
+little is checked before weights are loaded. resume.py says whether a run may go on, result.py
+writes what comes out.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flax import nnx
+import jax
 
 from gptoss_jax.distributed import agree, is_first, of_first, together
-from gptoss_jax.finetuning.options import FinetuneRun, differences
-from gptoss_jax.finetuning.watching import hooks_of
-from gptoss_jax.folders import checkpoint_folder
+from gptoss_jax.finetuning import result as results
+from gptoss_jax.finetuning import resume
+from gptoss_jax.finetuning.options import FinetuneRun
+from gptoss_jax.finetuning.watching import hooks_of, made_hooks
+from gptoss_jax.folders import checkpoint_folder, user_folder
 from gptoss_jax.generation import tokenizer_of
 from gptoss_jax.harmony import Tokenizer
+from gptoss_jax.model.adapter import linears
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.sharding import Placement
-from gptoss_jax.training.data import batches, check_resume, load_rows, one_pass, order_fields
+from gptoss_jax.training.data import batches, load_rows, one_pass, order_fields
 from gptoss_jax.training.documents import Batches, Documents, rows_here
-from gptoss_jax.training.lora import add_lora, weights_table
+from gptoss_jax.training.hooks import Hook
+from gptoss_jax.training.lora import add_lora, choose, weights_table
+from gptoss_jax.training.loss import check_rows
+from gptoss_jax.training.sources import files_of
+from gptoss_jax.training.step import Step
 from gptoss_jax.training.store import CheckpointStore
 from gptoss_jax.training.trainer import Outcome, train
-from gptoss_jax.weights.adapters import Base, base_of, save_adapter
+from gptoss_jax.weights.adapters import Base, adapter_fingerprint, base_of, open_adapter
 from gptoss_jax.weights.checkpoint import open_checkpoint
-from gptoss_jax.weights.export import export
-from gptoss_jax.weights.load import load
+from gptoss_jax.weights.load import abstract_model, load, parameter_dtype
 
-# Options that a resumed run may have set anew: they do not decide what has been trained so far.
-FREE = ("output", "checkpoints.", "watch.", "hooks", "data.train", "data.eval", "data.epochs")
+RUN = "run.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Finetuned:
-    """How it ended, and where the result is; None if the run is to be resumed."""
+    """How a run ended, and where the result is; None if the run is to be resumed.
+
+    `outcome.model` is the model of the result: of the best evaluation, if the run is to end in it.
+    """
 
     outcome: Outcome
     result: Path | None
+    step: int  # of the result
+
+    @property
+    def model(self) -> Transformer:
+        return self.outcome.model
+
+    def __repr__(self) -> str:
+        return f"<Finetuned: {_ending(self)}>"
 
 
-def finetune(run: FinetuneRun, *, say: Callable[[str], None] = print) -> Finetuned:
+def finetune(
+    run: FinetuneRun, *, say: Callable[[str], None] = print, accept_changes: bool = False
+) -> Finetuned:
     """Do what the run says, or go on with it where its folder has it.
 
-    Raises ValueError if something in it cannot be, with all row errors of the data at once, and
+    A run that was stopped goes on where it was, if `resume.check` finds that its options have
+    trained what is there; with `accept_changes` other rates count from there on. The result is
+    written last, and is whole or is not there. Raises ValueError if something in the run cannot
+    be, with all row errors of the data at once, or if another run writes to the folder; and
     FloatingPointError where the loss stops being finite. In several processes all of them call it.
     """
-    folder = Path(run.output)
-    together(lambda: _check_folder(run), "output")
     say = of_first(say)
-    checkpoint = together(lambda: checkpoint_folder(run.model.checkpoint), "checkpoint")
-    where = together(lambda: _place(run, checkpoint), "mesh")
-    how = {"experts": run.experts, "dtype": run.model.dtype, "mesh": where}
-    base = together(lambda: load(checkpoint, **how), "checkpoint")
-    model = base if run.lora is None else add_lora(base, run.lora, seed=run.seed)
-    say(f"weights\n{weights_table(model)}")
+    plan = together(lambda: _planned(run), "run")
+    with _store(run, plan, say) as store:
+        store.lock()
+        saved = together(store.facts, "checkpoints")  # before the arrays, which may not fit
+        done = store.latest() or 0
+        together(lambda: _accepted(saved, plan.facts, done, accept_changes), "run")
+        base, model = _model(run, plan)
+        say(f"weights\n{weights_table(model)}")
+        tokenizer = tokenizer_of(model)
+        documents, held_out = together(lambda: _documents(run, tokenizer), "data")
+        here = _rows_here(run, plan.where)
+        training = batches(documents, run.data, here=here)
+        agree("training data", training.digest)
+        say(f"data: {training.report}")
+        run = _with_steps(run, training, say)
 
-    tokenizer = tokenizer_of(model)
-    documents, held_out = together(lambda: _documents(run, tokenizer), "data")
-    here = _rows_here(run, where)
-    training = batches(documents, run.data, here=here)
-    agree("training data", training.digest)
-    say(f"data: {training.report}")
-    run = _with_steps(run, training)
-
-    origin = base_of(base)
-    facts = _facts(run, training, origin.fingerprint)
-    if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    hooks = hooks_of(run, _Again(held_out, run, here), tokenizer)
-    with CheckpointStore(folder / "checkpoints", run.checkpoints, say=say) as store:
-        saved = store.facts()  # before its arrays, which may not fit
-        together(lambda: _accept(saved and saved["run"], facts), "run")
-        outcome = train(
-            model,
-            training,
-            run.optimisation,
-            options=run.step,
-            trainable=nnx.Param if run.lora is None else nnx.LoRAParam,
-            hooks=hooks,
-            store=store,
-            facts=facts,
-            accept=lambda before: _accept(before, facts),
-            folder=folder,
-            say=say,
-        )
-    training.close()
-    unfinished = outcome.interrupted or outcome.failed
-    result = None if unfinished else _save(run, outcome.model, origin)
-    say(_ending(outcome, result))
-    return Finetuned(outcome, result)
+        facts = _facts(run, plan, training, base)
+        changed = together(lambda: _accepted(saved, facts, done, accept_changes), "run")
+        facts["changes"] = _history(saved, changed, done)
+        if is_first():
+            _write_run(plan.folder, facts)
+        with _advised(store):
+            outcome = train(
+                model,
+                training,
+                run.optimisation,
+                options=run.step,
+                trainable=run.trainable,
+                hooks=hooks_of(run, _Again(held_out, run, here), tokenizer, plan.hooks),
+                store=store,
+                facts=facts,
+                accept=lambda before: _accepted({"run": before}, facts, done, accept_changes),
+                go_on=saved is not None and resume.goes_on(saved["run"], facts),
+                folder=plan.folder,
+                say=say,
+            )
+        training.close()
+        finetuned = _finetuned(run, plan, outcome, store, base, facts["changes"], say)
+    say(_ending(finetuned))
+    return finetuned
 
 
-def _place(run: FinetuneRun, checkpoint: Path) -> Placement | None:
+def export_step(run: FinetuneRun, step: int, *, say: Callable[[str], None] = print) -> Path:
+    """Write the adapter, or the model, of a checkpoint that a run has kept, beside its result.
+
+    Trains nothing, and needs no data. Raises ValueError if there is no such checkpoint, or if it
+    is not of this run.
+    """
+    say = of_first(say)
+    plan = together(lambda: _planned(run, data=False), "run")
+    store = _store(run, plan, say)
+    if step not in store.steps():
+        has = ", ".join(map(str, store.steps())) or "none"
+        raise ValueError(f"export step: expected one of {store.folder} ({has}), got {step}")
+    base, model = _model(run, plan)
+    stepper = Step(model, run.optimisation, trainable=run.trainable, options=run.step)
+    restored = store.restore(stepper.abstract_state(), step=step)
+    assert restored is not None
+    facts = restored.facts["run"]
+    now = plan.facts | {"base": base.fingerprint}
+    together(lambda: resume.check_same_weights(facts, now), "run")
+    folder = results.folder_of(run, plan.folder, step)
+    record = results.record_of(step, None, facts.get("changes", []))
+    if not together(lambda: results.is_written(folder, record), "result"):
+        trained = stepper.model(restored.state)
+        results.write(run, trained, folder, record, base=base, say=say)
+    say(f"step {step} is in {folder}")
+    return folder
+
+
+# Before the weights ------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """What is known of a run before its weights are loaded."""
+
+    folder: Path
+    checkpoint: Path
+    where: Placement | None
+    hooks: list[Hook]
+    facts: dict[str, Any]  # as far as they are known
+
+
+def _planned(run: FinetuneRun, *, data: bool = True) -> _Plan:
+    """Look at everything that can be wrong without weights and without rows."""
+    folder = user_folder("output", run.output)
+    _check_folder(run, folder)
+    checkpoint = checkpoint_folder(run.model.checkpoint)
+    opened, kind = open_checkpoint(checkpoint), parameter_dtype(run.model.dtype)
+    experts = run.experts or ("packed" if opened.packed else "bf16")
     written = run.written_mesh()
-    if written is None:
-        return None
-    opened = open_checkpoint(checkpoint)
-    packed = opened.packed if run.experts is None else run.experts == "packed"
-    return written.placement(opened.config, packed=packed)
+    where = written and written.placement(opened.config, packed=experts == "packed")
+    _check_parts(run, where)
+    if data:
+        files_of(run.data.train)
+        if run.data.eval:
+            files_of(run.data.eval)
+    facts = {
+        "run": resume.options_of(run, experts=experts, dtype=str(kind)),
+        "data": order_fields(run.data),
+        "adapter": None,
+    }
+    if run.model.adapter is not None:
+        open_adapter(run.model.adapter)
+        facts["adapter"] = adapter_fingerprint(run.model.adapter)
+    if run.lora is not None:
+        like = abstract_model(opened, experts=experts, dtype=kind, where=None)
+        choose(linears(like), run.lora)
+    return _Plan(folder, checkpoint, where, made_hooks(run) if data else [], facts)
+
+
+def _check_folder(run: FinetuneRun, folder: Path) -> None:
+    """It must be one that can be written to; and a result without checkpoints is one that the run
+    would have to write over."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "is a file"
+        raise ValueError(
+            f"output: expected a folder that can be made or written to, got {run.output!r}, and "
+            f"{there} {what}; choose another"
+        )
+    result = results.folder_of(run, folder)
+    if result.exists() and not (folder / "checkpoints").exists():
+        raise ValueError(
+            f"output: expected a new folder, or one with checkpoints to go on from, got "
+            f"{run.output!r}, which has a result alone; choose another, or move {result} away"
+        )
+
+
+def _check_parts(run: FinetuneRun, where: Placement | None) -> None:
+    rows, parts = run.data.rows, run.step.micro_batches
+    if rows % parts:
+        raise ValueError(
+            f"step.micro_batches: expected a divisor of data.rows={rows}, got {parts}; the parts "
+            "of a batch have equally many rows"
+        )
+    what = "data.rows" if parts == 1 else "data.rows / step.micro_batches"
+    check_rows(rows // parts, where, what)
+
+
+def _store(run: FinetuneRun, plan: _Plan, say: Callable[[str], None]) -> CheckpointStore:
+    options = run.checkpoints
+    if run.wants_best:
+        options = dataclasses.replace(options, keep_best=max(1, options.keep_best))
+    return CheckpointStore(plan.folder / "checkpoints", options, say=say)
+
+
+# Weights and rows --------------------------------------------------------------------------------
+
+
+def _model(run: FinetuneRun, plan: _Plan) -> tuple[Base, Transformer]:
+    """The base by its name and fingerprint, and the model that is trained."""
+    how = {"experts": run.experts, "dtype": run.model.dtype, "mesh": plan.where}
+    loaded = together(lambda: load(plan.checkpoint, adapter=run.model.adapter, **how), "checkpoint")
+    base = base_of(loaded)
+    return base, loaded if run.lora is None else add_lora(loaded, run.lora, seed=run.seed)
 
 
 def _documents(run: FinetuneRun, tokenizer: Tokenizer) -> tuple[Documents, Documents | None]:
@@ -121,14 +247,20 @@ def _rows_here(run: FinetuneRun, where: Placement | None) -> list[int] | None:
     return rows_here(where.sharding("batch"), (run.data.rows, run.data.length))
 
 
-def _with_steps(run: FinetuneRun, training: Batches) -> FinetuneRun:
+def _with_steps(run: FinetuneRun, training: Batches, say: Callable[[str], None]) -> FinetuneRun:
     """With the steps that the epochs come to, where the run gives these alone."""
-    if run.optimisation.steps is not None:
-        return run
-    assert run.data.epochs is not None
-    steps = math.ceil(run.data.epochs * training.report.steps_per_epoch)
-    optimisation = dataclasses.replace(run.optimisation, steps=steps)
-    return dataclasses.replace(run, optimisation=optimisation)
+    there, given = training.steps, run.optimisation.steps
+    if given is None:
+        optimisation = dataclasses.replace(run.optimisation, steps=there)
+        return dataclasses.replace(run, optimisation=optimisation)
+    if there is not None and there < given:
+        rate = float(run.optimisation.rate(float(there - 1)))
+        say(
+            f"data: data.epochs={run.data.epochs} ends after {there} of optimisation.steps={given} "
+            f"steps, when the rate is {rate:.3g}; leave one of the two out to have it fall to its "
+            "end"
+        )
+    return run
 
 
 class _Again:
@@ -152,65 +284,81 @@ class _Again:
 # What a run is compared by when it goes on -------------------------------------------------------
 
 
-def _facts(run: FinetuneRun, training: Batches, base: str) -> dict[str, Any]:
-    data = order_fields(run.data) | {"digest": training.digest}
-    return {"run": run.as_fields(), "base": base, "data": data}
+def _facts(run: FinetuneRun, plan: _Plan, training: Batches, base: Base) -> dict[str, Any]:
+    data = plan.facts["data"] | {"digest": training.digest}
+    model = plan.facts["run"]["model"]
+    options = resume.options_of(run, experts=model["experts"], dtype=model["dtype"])
+    return plan.facts | {"run": options, "base": base.fingerprint, "data": data}
 
 
-def _accept(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Raise ValueError unless what was trained so far is what this run would have trained."""
-    if before is None:
-        return
-    check_resume(before["data"], now["data"])
-    if before["base"] != now["base"]:
-        raise ValueError(
-            f"model.checkpoint: expected the weights with which the run began, fingerprint "
-            f"{before['base']}, got {now['base']}; give that checkpoint, or another output folder"
-        )
-    changed = [line for line in differences(before["run"], now["run"]) if not line.startswith(FREE)]
-    if changed:
-        raise ValueError(
-            f"run: expected the options with which it began, got others: {'; '.join(changed)}; set "
-            "them back, or give another output folder"
-        )
+def _accepted(saved: Mapping | None, now: Mapping, done: int, accept: bool) -> list[str]:
+    """The changes that were accepted; ValueError for others, and for more in `now`."""
+    return [] if saved is None else resume.check(saved["run"], now, done=done, accept=accept)
+
+
+def _history(saved: Mapping | None, changed: list[str], done: int) -> list[dict[str, Any]]:
+    """All changes that were accepted, and after which step."""
+    earlier = [] if saved is None else saved["run"].get("changes", [])
+    return [*earlier, *([{"after_step": done, "changed": changed}] if changed else [])]
+
+
+@contextlib.contextmanager
+def _advised(store: CheckpointStore) -> Iterator[None]:
+    """What to do about a loss that is not finite."""
+    try:
+        yield
+    except FloatingPointError as error:
+        store.wait()
+        raise FloatingPointError(
+            f"{error}; the same command would come to it again. From step {store.latest() or 0} on "
+            "the run can go on with another optimisation.learning_rate, clip_norm or warm-up, if "
+            "you accept_changes (on the command line --accept-changes)"
+        ) from error
+
+
+def _write_run(folder: Path, facts: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{RUN}.writing"
+    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / RUN)
 
 
 # What comes out ----------------------------------------------------------------------------------
 
 
-def _result(run: FinetuneRun) -> Path:
-    """Where it goes: the adapter, or the model if all of it was trained."""
-    return Path(run.output) / ("model" if run.lora is None else "adapter")
+def _finetuned(run, plan, outcome: Outcome, store, base, changes, say) -> Finetuned:
+    """Write the result of a run that has ended, unless that was done before."""
+    if outcome.interrupted or outcome.failed:
+        return Finetuned(outcome, None, outcome.step)
+    best = outcome.best if run.wants_best else None
+    step = outcome.step if best is None else best.step
+    if step != outcome.step:
+        outcome = _of_step(outcome, store, step)
+    folder = results.folder_of(run, plan.folder)
+    record = results.record_of(step, best and best.metric, changes)
+    if not together(lambda: results.is_written(folder, record), "result"):
+        results.write(run, outcome.model, folder, record, base=base, say=say)
+    return Finetuned(outcome, folder, step)
 
 
-def _check_folder(run: FinetuneRun) -> None:
-    """A result without checkpoints is one that the run would have to write over."""
-    result, saved = _result(run), Path(run.output) / "checkpoints"
-    if result.exists() and not saved.exists():
-        raise ValueError(
-            f"output: expected a new folder, or one with checkpoints to go on from, got "
-            f"{run.output!r}, which has a result alone; choose another, or move {result} away"
-        )
-
-
-def _save(run: FinetuneRun, model: Transformer, base: Base) -> Path:
-    """Write what came out, unless that was done before the run was taken up again."""
-    result = _result(run)
-    if together(result.exists, "result"):
-        return result
-    if run.lora is not None:
-        return save_adapter(model, result, base=base, options=dataclasses.asdict(run.lora))
-    export(model, result, experts="bf16")
-    if is_first():
-        tokenizer_of(model).save(result)
-    return result
-
-
-def _ending(outcome: Outcome, result: Path | None) -> str:
-    numbers = "  ".join(
-        f"{name} {value:.4f}" for name, value in outcome.metrics.items() if "loss" in name
+def _of_step(outcome: Outcome, store: CheckpointStore, step: int) -> Outcome:
+    """With the state that a checkpoint has, for which that of the last step makes room."""
+    jax.tree.map(lambda array: array.delete(), outcome.state)
+    restored = store.restore(outcome.stepper.abstract_state(), step=step)
+    assert restored is not None
+    return outcome._replace(
+        state=restored.state, model=outcome.stepper.model(restored.state), step=outcome.step
     )
-    what = f"{outcome.reason} at step {outcome.step}; {numbers}"
+
+
+def _ending(finetuned: Finetuned) -> str:
+    outcome, result = finetuned.outcome, finetuned.result
+    losses = "".join(f"; {k} {v:.4f}" for k, v in outcome.metrics.items() if "loss" in k)
+    what = f"{outcome.reason} at step {outcome.step}{losses}"
     if result is None:
         return f"{what}; the same command goes on with the run"
-    return f"{what}; the result is in {result}"
+    if finetuned.step == outcome.step:
+        return f"{what}; the result is in {result}"
+    assert outcome.best is not None
+    best = f"of step {finetuned.step}, the best: {outcome.best.metric:.4f}"
+    return f"{what}; the result is in {result}, {best}"

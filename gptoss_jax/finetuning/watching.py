@@ -14,11 +14,19 @@ from gptoss_jax.training.hooks import Hook, hook_from
 from gptoss_jax.training.step import AnyBatch
 
 
-def hooks_of(run: FinetuneRun, held_out: Any, tokenizer: Tokenizer) -> list[Hook]:
+def made_hooks(run: FinetuneRun) -> list[Hook]:
+    return [
+        hook if isinstance(hook, Hook) else hook_from(hook.target, **hook.options)
+        for hook in run.hooks
+    ]
+
+
+def hooks_of(
+    run: FinetuneRun, held_out: Any, tokenizer: Tokenizer, own: Sequence[Hook]
+) -> list[Hook]:
     """What the tables [watch] and [[hooks]] ask for."""
     watch = run.watch
-    made: list[Hook] = list(_statistics(run, held_out))
-    made += [hook_from(hook.target, **hook.options) for hook in run.hooks]
+    made: list[Hook] = [*_statistics(run, held_out), *own]
     if watch.samples:
         answer = functools.partial(_answers, tokenizer=tokenizer, run=run)
         made.append(hooks.Samples(watch.samples, answer, every=watch.samples_every))

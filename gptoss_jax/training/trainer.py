@@ -86,7 +86,7 @@ def train(
     hooks: Sequence[Hook] = (),
     store: Store | None = None,
     facts: Mapping[str, Any] | None = None,
-    accept: Callable[[Mapping[str, Any]], None] = lambda facts: None,
+    accept: Callable[[Mapping[str, Any]], object] = lambda facts: None,
     go_on: bool = False,
     folder: str | Path | None = None,
     say: Callable[[str], None] = print,
@@ -140,9 +140,7 @@ class _Loop:
         self.saved = 0  # the step of the last checkpoint
         self.position: Any = None  # of the data, after the steps that are done
 
-    def begin(
-        self, model: Transformer, accept: Callable, go_on: bool, folder: Path | None
-    ) -> Run:
+    def begin(self, model: Transformer, accept: Callable, go_on: bool, folder: Path | None) -> Run:
         """The run at its start, or as the store has it."""
         if folder is not None and is_first():
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ Adapters are no use on other weights than those they were trained on, so the fin
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -150,6 +151,15 @@ def open_adapter(folder: str | Path) -> AdapterFolder:
             "or written by another version?"
         ) from None
     return AdapterFolder(folder, base, scales, options, read_header(folder / TENSORS))
+
+
+def adapter_fingerprint(folder: str | Path) -> str:
+    """SHA-256 of the tensors and the scales of a folder of adapters, wherever it lies."""
+    found = open_adapter(folder)
+    with (found.folder / TENSORS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(dict(found.scales), sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def check_base(found: AdapterFolder, path: str | Path, *, progress: bool | None = None) -> None:

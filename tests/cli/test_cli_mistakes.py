@@ -77,7 +77,7 @@ from gptoss_jax.inference.sampling import Sampling
         (["data", "show"], "PATH: expected at least one file or folder, got none"),
         (["data"], "WHAT: expected check or show, got nothing; PATH: expected a value, got nothin"),
         (["data", "show", "NONE"], "PATH: expected at least one row, got none in "),
-        (["finetune", "nowhere.toml"], "CONFIG.toml: expected a TOML file, got nothing at 'nowher"),
+        (["finetune", "nowhere.toml"], "RUN: expected a TOML file, got nothing at 'nowher"),
         (["finetune", "TOML", "steps", "= 5"], "steps: expected FIELD=VALUE without spaces"),
         # What tyro refuses, in the same voice.
         (["chta", "Hi"], "got 'chta'; did you mean chat?"),
@@ -97,7 +97,7 @@ from gptoss_jax.inference.sampling import Sampling
         (["chat", "--json=yes", "Hi"], "--json: expected no value, got 'yes'"),
         (["chat", "--no-stats", "Hi"], "--no-stats: expected an option, got none of that name; d"),
         (["finetune", "TOML", "--steps", "5"], "; fields are given without --, as optimisation.st"),
-        (["finetune"], "CONFIG.toml: expected a value, got nothing"),
+        (["finetune"], "RUN: expected a value, got nothing"),
         (["bench", "kernel"], "WHAT: expected kernels or model, got 'kernel'; did you "),
         (["data", "chek", "a"], "WHAT: expected check or show, got 'chek'; did you mean c"),
     ],
