@@ -88,9 +88,7 @@ def check(
     check_resume(rows, now["data"])
     check_same_weights(before, now)
     found = [change for change in changes(before["run"], now["run"]) if not change.is_of(FREE)]
-    unknown = now["run"]["optimisation"]["steps"] is None  # until the data are read
-    if unknown or _same_rates(before["run"], now["run"], done):
-        found = [change for change in found if not change.is_of(RATES)]
+    found = _without_idle_rates(found, before["run"], done)
     refused = [change for change in found if not (accept and change.is_of(ACCEPTABLE))]
     if refused:
         raise ValueError(
@@ -137,11 +135,24 @@ def _way_on(refused: list[Change], done: int) -> str:
     )
 
 
-def _same_rates(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> bool:
-    """Whether all steps that are done would have had the rates they had."""
+def _without_idle_rates(found: list[Change], before: Mapping[str, Any], done: int) -> list[Change]:
+    """Without changes under which all steps that are done had the rates they had."""
+    of_rates = [change for change in found if change.is_of(RATES)]
+    idle = of_rates
+    if not _same_rates(of_rates, before, done):
+        idle = [change for change in of_rates if _same_rates([change], before, done)]
+        idle = idle if len(idle) < len(of_rates) else []  # it takes all of them to differ
+    return [change for change in found if change not in idle]
+
+
+def _same_rates(of_rates: list[Change], before: Mapping[str, Any], done: int) -> bool:
+    now = {change.name.partition(".")[2]: change.now for change in of_rates}
+    if now.get("steps", 0) is None:  # they are not known until the data are read
+        del now["steps"]
     try:
-        old, new = (Optimisation(**run["optimisation"]) for run in (before, now))
-    except (TypeError, ValueError):  # of another version
+        old = Optimisation(**before["optimisation"])
+        new = dataclasses.replace(old, **now)
+    except (TypeError, ValueError):  # of another version, or one that needs another change, too
         return False
     return all(old.rate(float(step)) == new.rate(float(step)) for step in range(done))
 

@@ -238,11 +238,12 @@ class Samples(Hook):
 
 
 def drop_later_lines(path: Path, step: int) -> None:
-    """Make a file of JSON lines what it was after this step: a run goes on from there.
+    """Make a file of JSON lines what it was after this step: a run goes on from there, and one at
+    step 0 begins anew.
 
     The last line may have been cut off.
     """
-    kept = []
+    kept, step = [], step or -1
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:

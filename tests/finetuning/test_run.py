@@ -10,85 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import COMPACT, write_checkpoint
+from small_finetune import finetune, written
 
 import gptoss_jax as gj
-from gptoss_jax import cli
 from gptoss_jax.cli.finetune import share_cores
 from gptoss_jax.finetuning.answers import RightAnswers
 from gptoss_jax.finetuning.options import FinetuneRun
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.run_file import from_fields, read_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = [p for p in sorted((ROOT / "configs/finetune").glob("*.toml")) if "scratch" not in p.name]
-ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"{a} and {b}?"},
-            {"role": "assistant", "thinking": f"{a}, then {b}.", "content": f"{b}"},
-        ]
-    }
-    for a in range(4)
-    for b in range(3)
-]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = write_checkpoint(COMPACT, tmp_path_factory.mktemp("base"))
-    Tokenizer.compact(vocab_size=COMPACT.vocab_size).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-def written(folder: Path, base: Path, rows: Path) -> Path:
-    """A run of four steps that saves after each second one."""
-    path = folder / "run.toml"
-    path.write_text(f"""
-        output = "{folder / "out"}"
-        [model]
-        checkpoint = "{base}"
-        dtype = "float32"
-        [lora]
-        rank = 2
-        targets = ["attn.q", "moe.down"]
-        [data]
-        train = ["{rows}"]
-        eval = ["{rows}"]
-        length = 256
-        rows = 2
-        [optimisation]
-        steps = 4
-        learning_rate = 1e-2
-        [checkpoints]
-        every = 2
-        [watch]
-        log_every = 2
-        """)
-    return path
-
-
-@pytest.fixture
-def config(base, rows, tmp_path) -> Path:
-    return written(tmp_path, base, rows)
-
-
-@pytest.fixture(scope="module")
-def done(base, rows, tmp_path_factory) -> Path:
-    """The file of a run that has ended; its output is beside it."""
-    path = written(tmp_path_factory.mktemp("done"), base, rows)
-    assert finetune(path) == 0
-    return path
-
-
-def finetune(config: Path, *overrides: str) -> int:
-    return cli.run(["finetune", str(config), "--json", *overrides])
 
 
 def test_a_run_and_its_adapter(done, base):
