@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from small_finetune import written
 
-PLACES = 30  # where a run is killed, spread over all there are
+AMID_TRAINING, AMID_THE_RESULT = 20, 10  # places, spread over all there are
 AT_ONCE = 2
 MOST_STARTS = 3  # after a kill: one that goes on, and room for one that clears up
 WORDS = (
     "optimisation.learning_rate=0.3",
     "optimisation.schedule=constant",
-    "optimisation.steps=6",
     "watch.evaluate_every=1",
     "lora.rank=8",
+    "step.remat=false",
 )
 
 
@@ -80,6 +80,11 @@ def result(out: Path) -> tuple[bytes, bytes, dict]:
     return tensors.read_bytes(), record.read_bytes(), losses
 
 
+def spread(places: list[int], count: int) -> set[int]:
+    return {places[round(i * (len(places) - 1) / (count - 1))] for i in range(count)}
+
+
+@pytest.mark.mesh
 def test_killed_anywhere(base, rows, other_rows, tmp_path, forks):
     config = written(tmp_path, base, rows)
     common = [str(config), *WORDS, f'data.eval=["{other_rows}"]']
@@ -94,26 +99,30 @@ def test_killed_anywhere(base, rows, other_rows, tmp_path, forks):
     whole = tmp_path / "whole"
     undisturbed = run(whole)
     assert undisturbed["status"] == 0, (tmp_path / "whole.log").read_text()
-    expected, places = result(whole), undisturbed["number"]
-    assert json.loads(expected[1])["step"] < 6  # the best is not the last
+    expected = result(whole)
+    assert json.loads(expected[1])["step"] < 4  # the best is not the last
 
     def killed(at: int) -> str:
         out = tmp_path / f"at-{at}"
         died = run(out, at)
         if died["status"] == 0:  # threads are not as fast as each other every time
             return ""
+        place = died["places"][-1]
         assert died["status"] == -9, Path(f"{out}.log").read_text()
         for _ in range(MOST_STARTS):
             if run(out)["status"] == 0:
                 break
-        assert result(out) == expected, f"killed at {died['place']}"
+        assert result(out) == expected, f"killed at {place}"
         left = [path for path in out.rglob("*") if path.suffix in (".writing", ".partial")]
-        assert not left, f"killed at {died['place']}"
-        return died["place"]
+        assert not left, f"killed at {place}"
+        return place
 
-    chosen = sorted({1 + round(i * (places - 1) / (PLACES - 1)) for i in range(PLACES)})
+    places = list(enumerate(undisturbed["places"], start=1))
+    of_result = [n for n, place in places if "adapter" in place or place == "write"]
+    training = [n for n, _ in places if n < of_result[0]]
+    chosen = sorted(spread(training, AMID_TRAINING) | spread(of_result, AMID_THE_RESULT))
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
         found = list(threads.map(killed, chosen))
-    assert sum(map(bool, found)) >= 0.8 * PLACES
-    for place in ("step", "/checkpoints/", "write", "/adapter.writing"):
+    assert sum(map(bool, found)) >= 0.8 * len(chosen)
+    for place in ("step", "checkpoints/", "write", "os.rename adapter.writing"):
         assert any(place in text for text in found), place
