@@ -3,38 +3,69 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptoss_jax.conversation import chat
-from gptoss_jax.finetuning.options import FinetuneRun
+from gptoss_jax.distributed import is_first
+from gptoss_jax.finetuning.options import FinetuneRun, HookOptions
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training import hooks, reporters
-from gptoss_jax.training.hooks import Hook, hook_from
+from gptoss_jax.training import hooks, observers, reporters
+from gptoss_jax.training.hooks import Hook, hooks_from
 from gptoss_jax.training.step import AnyBatch
 
 
 def made_hooks(run: FinetuneRun) -> list[Hook]:
-    return [
-        hook if isinstance(hook, Hook) else hook_from(hook.target, **hook.options)
-        for hook in run.hooks
-    ]
+    """The user's hooks, made before anything that takes time.
+
+    Raises ValueError with everything wrong with them or with the table [watch], and ImportError
+    where a tracker's package is missing.
+    """
+    problems = list(_problems(run))
+    if problems:
+        raise ValueError("; ".join(problems))
+    if is_first():
+        for reporter in _reporters(run):
+            reporter.check(Path(run.output))
+    wanted = [entry for entry in run.hooks if not isinstance(entry, Hook)]
+    new = iter(hooks_from((hook.target, hook.options) for hook in wanted))
+    return [entry if isinstance(entry, Hook) else next(new) for entry in run.hooks]
+
+
+def _problems(run: FinetuneRun) -> Iterator[str]:
+    watch = run.watch
+    for name in ("evaluate_every", "patience", "samples_every", "router_every", "log_every"):
+        value = getattr(watch, name)
+        if value is not None and value < 1:
+            yield f"watch.{name}: expected a whole number of at least 1, got {value!r}"
+    for name in ("wandb", "trackio"):
+        if getattr(watch, name) == "":
+            yield f"watch.{name}: expected the name of a project, got ''"
+    if watch.trace is not None and not 1 <= watch.trace[0] <= watch.trace[1]:
+        yield (
+            "watch.trace: expected a first step of at least 1 and a last one from there on, got "
+            f"{list(watch.trace)}"
+        )
+    for entry in run.hooks:
+        if not isinstance(entry, Hook | HookOptions):
+            yield f"hooks: expected a Hook that is made, or HookOptions, got {entry!r}"
 
 
 def hooks_of(
-    run: FinetuneRun, held_out: Any, tokenizer: Tokenizer, own: Sequence[Hook]
+    run: FinetuneRun, held_out: Any, tokenizer: Tokenizer, made: Sequence[Hook]
 ) -> list[Hook]:
-    """What the tables [watch] and [[hooks]] ask for."""
+    """What the table [watch] asks for, with the user's hooks among it."""
     watch = run.watch
-    made: list[Hook] = [*_statistics(run, held_out), *own]
+    found: list[Hook] = [*_statistics(run, held_out), *made]
     if watch.samples:
         answer = functools.partial(_answers, tokenizer=tokenizer, run=run)
-        made.append(hooks.Samples(watch.samples, answer, every=watch.samples_every))
+        found.append(observers.Samples(watch.samples, answer, every=watch.samples_every))
     if watch.patience is not None:
-        made.append(hooks.EarlyStopping(patience=watch.patience))
+        found.append(hooks.EarlyStopping(patience=watch.patience))
     if watch.trace is not None:
-        made.append(hooks.ProfilerTrace(first=watch.trace[0], last=watch.trace[1]))
-    return [*made, *_reporters(run)]
+        found.append(observers.ProfilerTrace(first=watch.trace[0], last=watch.trace[1]))
+    return [*found, *_reporters(run)]
 
 
 def _statistics(run: FinetuneRun, held_out: Any) -> Iterator[Hook]:
@@ -43,10 +74,10 @@ def _statistics(run: FinetuneRun, held_out: Any) -> Iterator[Hook]:
         every = watch.evaluate_every or run.optimisation.all_steps
         yield hooks.Evaluation(held_out, every=every, at_start=watch.evaluate_every is not None)
     if watch.gradients:
-        yield hooks.GradientStatistics()
+        yield observers.GradientStatistics()
     if watch.router_every is not None:
         batch = _first(held_out)
-        yield hooks.RouterStatistics(batch, every=watch.router_every)
+        yield observers.RouterStatistics(batch, every=watch.router_every)
 
 
 def _first(held_out: Iterable[AnyBatch]) -> AnyBatch:
@@ -67,13 +98,13 @@ def _answers(
     return [reply.final for reply in replies]
 
 
-def _reporters(run: FinetuneRun) -> Iterator[Hook]:
+def _reporters(run: FinetuneRun) -> Iterator[reporters.Reporter]:
     watch = run.watch
     yield reporters.MetricsFile()
     if watch.tensorboard:
         yield reporters.TensorBoard()
     if watch.wandb is not None:
-        yield reporters.WandB(project=watch.wandb)
+        yield reporters.WandB(project=watch.wandb, config=run.as_fields())
     if watch.trackio is not None:
-        yield reporters.Trackio(project=watch.trackio)
+        yield reporters.Trackio(project=watch.trackio, config=run.as_fields())
     yield reporters.ProgressBar(every=watch.log_every)

@@ -5,24 +5,21 @@
         def on_step(self, run):
             plot(run.step, run.metrics["loss"])
 
-Hooks are called in the order they are given: those that add to `run.metrics` come before those that
-write them down (reporters.py). In a run of several processes all of them call all hooks, so a hook
-may compute together; `run.say` speaks on the first alone.
+Hooks are called in the order they are given: those that add to `run.metrics` (observers.py) come
+before those that write them down (reporters.py). In a run of several processes all of them call all
+hooks, so a hook may compute together; `run.say` speaks on the first alone.
 """
 
+import collections
 import dataclasses
 import importlib
-import json
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from gptoss_jax.distributed import is_first
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.step import AnyBatch, Step, TrainState
 
 Metrics = dict[str, int | float]
@@ -96,28 +93,87 @@ def hook_from(target: str, **options: Any) -> Hook:
 
     Raises ValueError saying what is wrong: the module, the class or an option.
     """
+    found = _hook_class(target)
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"hook {target}: expected the options {inspect.signature(found)}, got {error}"
+        ) from None
+    try:
+        return found(**options)
+    except Exception as error:
+        said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(f"hook {target}: {said}") from error
+
+
+def hooks_from(wanted: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Hook]:
+    """The hooks of several targets with their options; one ValueError has all their problems."""
+    made, problems = [], []
+    for target, options in wanted:
+        try:
+            made.append(hook_from(target, **options))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return made
+
+
+def _hook_class(target: str) -> type[Hook]:
     module, colon, name = target.partition(":")
     if not (module and colon and name):
         raise ValueError(f"hook: expected module:Class, got {target!r}")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+    except Exception as error:  # a module's own code may raise anything
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        )
+        advice = "start where it is, or set PYTHONPATH" if missing else "mend it first"
+        said = error if isinstance(error, ImportError) else repr(error)
         raise ValueError(
-            f"hook: expected a module that can be imported, got {module!r} ({error}); start where "
-            "it is, or set PYTHONPATH"
+            f"hook: expected a module that can be imported, got {module!r} ({said}); {advice}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Hook)):
         raise ValueError(
             f"hook: expected a class made from gptoss_jax.training.hooks.Hook, got {target!r}, "
             f"which is {'nothing' if found is None else repr(found)}"
         )
-    try:
-        return found(**options)
-    except TypeError as error:
-        raise ValueError(f"hook {target}: {error}; check its options") from error
+    return found
 
 
-def _every(name: str, every: int) -> int:
+def named(hooks: Iterable[Hook]) -> dict[str, Hook]:
+    """Each hook under the name by which checkpoints know it, in their order.
+
+    That is its class's, with the module before it unless it is one of ours: `Evaluation`,
+    `my_hooks:Evaluation`. A second one of a name is `Evaluation 2`.
+    """
+    found: dict[str, Hook] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for hook in hooks:
+        kind = type(hook)
+        ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+        name = kind.__qualname__ if ours else f"{kind.__module__}:{kind.__qualname__}"
+        counts[name] += 1
+        found[name if counts[name] == 1 else f"{name} {counts[name]}"] = hook
+    return found
+
+
+def give_states(hooks: Mapping[str, Hook], states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give hooks, as `named` has them, what their `get_state` said when a checkpoint was saved.
+
+    Older checkpoints have no modules in their names. A hook that is new keeps what it is.
+    """
+    for name, hook in hooks.items():
+        state, bare = states.get(name), name.rpartition(":")[2]
+        if state is None and bare not in hooks:
+            state = states.get(bare.rpartition(".")[2])  # nested classes had the last name alone
+        if state is not None:
+            hook.set_state(state)
+
+
+def every_steps(name: str, every: int) -> int:
     if every < 1:
         raise ValueError(f"{name}: expected a whole number of steps, at least 1, got {every!r}")
     return every
@@ -137,7 +193,7 @@ class Evaluation(Hook):
     """
 
     def __init__(self, batches: Iterable[AnyBatch], *, every: int, at_start: bool = False):
-        self.batches, self.every, self.at_start = batches, _every("every", every), at_start
+        self.batches, self.every, self.at_start = batches, every_steps("every", every), at_start
         self.owed = False  # an evaluation of the step that the run is at
 
     def on_start(self, run: Run) -> None:
@@ -175,7 +231,7 @@ class EarlyStopping(Hook):
     """
 
     def __init__(self, *, patience: int, min_delta: float = 0.0, metric: str = "held_out_loss"):
-        self.patience, self.min_delta = _every("patience", patience), min_delta
+        self.patience, self.min_delta = every_steps("patience", patience), min_delta
         self.metric, self.best, self.waited = metric, math.inf, 0
         self.others: set[str] = set()  # that came in its place
 
@@ -203,120 +259,3 @@ class EarlyStopping(Hook):
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.best = math.inf if state["best"] is None else state["best"]
         self.waited = state["waited"]
-
-
-class Samples(Hook):
-    """What the model says to a few prompts, every so many steps and at the end.
-
-    `generate` makes a text for each prompt of a model; texts go to `samples.jsonl`, too.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        generate: Callable[[Transformer, Sequence[str]], Sequence[str]],
-        *,
-        every: int,
-    ):
-        self.prompts, self.generate, self.every = prompts, generate, _every("every", every)
-
-    def on_start(self, run: Run) -> None:
-        if run.folder is not None and is_first():
-            drop_later_lines(run.folder / "samples.jsonl", run.step)
-
-    def on_step(self, run: Run) -> None:
-        if not _due(run, self.every):
-            return
-        texts = self.generate(run.model, self.prompts)
-        lines = []
-        for prompt, text in zip(self.prompts, texts, strict=True):
-            run.say(f"step {run.step}  {prompt!r} -> {text!r}")
-            lines.append(json.dumps({"step": run.step, "prompt": prompt, "text": text}))
-        if run.folder is not None and is_first():
-            with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
-
-
-def drop_later_lines(path: Path, step: int) -> None:
-    """Make a file of JSON lines what it was after this step: a run goes on from there, and one at
-    step 0 begins anew.
-
-    The last line may have been cut off.
-    """
-    kept, step = [], step or -1
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, LookupError, TypeError):
-            continue
-    temporary = path.with_suffix(".writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-
-
-class GradientStatistics(Hook):
-    """The norms of the gradients of the embedding, of each layer and so on: `grad_norm/layer 3`.
-
-    Steps compute them only if this hook is there.
-    """
-
-    group_norms = True
-
-
-class RouterStatistics(Hook):
-    """How a batch is spread over experts, layer by layer, every so many steps and at the end.
-
-    `router/layer 3 busiest` is the load of the busiest expert, 1 if all are used alike;
-    `router/layer 3 idle` the share of experts without a token; `router/layer 3 entropy` is in nats.
-    """
-
-    def __init__(self, batch: AnyBatch, *, every: int):
-        if not isinstance(batch, Batch):
-            raise ValueError(
-                "router statistics: expected packed rows, got rows with shared beginnings; make "
-                "the batch without sharing"
-            )
-        self.batch, self.every = batch, _every("every", every)
-
-    def on_step(self, run: Run) -> None:
-        if not _due(run, self.every):
-            return
-        load, _, entropy = jax.device_get(run.stepper.routes(run.state, self.batch))
-        busiest = load.max(axis=1) / load.mean(axis=1)
-        idle = (load == 0).mean(axis=1)
-        for name, values in (("busiest", busiest), ("idle", idle), ("entropy", entropy)):
-            for layer, value in enumerate(values):
-                run.metrics[f"router/layer {layer} {name}"] = float(value)
-
-
-class ProfilerTrace(Hook):
-    """A trace of some steps for TensorBoard or XProf, in `profile` of the output folder."""
-
-    def __init__(self, *, first: int = 10, last: int = 12):
-        self.first, self.last, self.running = _every("first", first), last, False
-        if last < first:
-            raise ValueError(f"last: expected a step from first={first} on, got {last}")
-
-    def on_start(self, run: Run) -> None:
-        if run.folder is None:
-            raise ValueError("profiler: expected an output folder for its traces, got none")
-        # Programs out of a compilation cache would have the names of the code that filled it.
-        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
-        self._begin(run)
-
-    def on_step(self, run: Run) -> None:
-        if self.running and run.step >= self.last:
-            self.on_stop(run)
-        self._begin(run)
-
-    def _begin(self, run: Run) -> None:
-        if not self.running and run.step + 1 == self.first:
-            assert run.folder is not None
-            jax.profiler.start_trace(str(run.folder / "profile"))
-            self.running = True
-
-    def on_stop(self, run: Run) -> None:
-        if self.running:
-            jax.profiler.stop_trace()
-            self.running = False

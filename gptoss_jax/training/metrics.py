@@ -6,8 +6,12 @@ of tokens that attend to each other, and nothing that is computed twice to save 
 """
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
@@ -76,6 +80,43 @@ def memory_bytes() -> int | None:
         unit = 1 if sys.platform == "darwin" else 1024
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return used
+
+
+def as_number(value: Any) -> int | float:
+    """A number of Python's, jax's or NumPy's, without axes, as Python has it; a bool is 0 or 1.
+
+    Raises TypeError for everything else.
+    """
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    array = np.asarray(value)
+    if array.ndim == 0 and array.dtype.kind in "biu":
+        return int(array)
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.floating):
+        return float(array)
+    shape = f" of shape {array.shape}" if array.ndim and array.dtype != object else ""
+    raise TypeError(f"a {type(value).__name__}{shape}")
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Metrics as every reporter can write them. NaN and infinity stay what they are.
+
+    Raises ValueError with all names whose values are no numbers.
+    """
+    found, problems = {}, []
+    for name, value in metrics.items():
+        if not isinstance(name, str) or name == "step":
+            problems.append(f"a name that is text and not 'step', got {name!r}")
+            continue
+        try:
+            found[name] = as_number(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            problems.append(f"a number for {name!r}, got {error}")
+    if problems:
+        raise ValueError(
+            f"metrics: expected {'; '.join(problems)}; give single numbers, as float(x.mean())"
+        )
+    return found
 
 
 def step_metrics(stepper: Step, numbers: Numbers, seconds: float) -> dict[str, int | float]:

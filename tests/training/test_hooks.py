@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hooks: when they are called, what the shipped ones measure, and what is written down."""
 
-import io
 import json
 import math
-import sys
 import types
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from rich.console import Console
 from small_runs import ADAPTERS, NARROW, OPTIONS, TARGETS, adapted_model, packed_batch
 
 from gptoss_jax.training.hooks import (
     EarlyStopping,
     Evaluation,
-    GradientStatistics,
     Hook,
-    ProfilerTrace,
-    RouterStatistics,
     Run,
-    Samples,
+    give_states,
     hook_from,
+    hooks_from,
+    named,
 )
 from gptoss_jax.training.metrics import active_parameters, peak, step_operations
-from gptoss_jax.training.reporters import MetricsFile, ProgressBar, TensorBoard, Trackio, WandB
+from gptoss_jax.training.observers import (
+    GradientStatistics,
+    ProfilerTrace,
+    RouterStatistics,
+    Samples,
+)
+from gptoss_jax.training.reporters import MetricsFile
 from gptoss_jax.training.router import balance_loss, hidden_and_routes
 from gptoss_jax.training.step import Counts, Step, TrainState
 from gptoss_jax.training.store import CheckpointOptions
@@ -264,107 +266,133 @@ def test_a_profile(run, monkeypatch, tmp_path):
     jax.config.update(key_with_names, False)
 
 
-def test_metrics_of_a_run_that_was_taken_up_again(run, tmp_path):
-    """Killed in step 4 and resumed after step 2."""
-    file = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step, "loss": 0.0}) + "\n" for step in (1, 2, 2, 3)]
-    file.write_text("".join(lines) + '{"step": 4, "lo')
-    run.step, hook = 2, MetricsFile()
+def test_samples_that_a_signal_comes_between(model, run, tmp_path):
+    """Nothing is written then; the run that goes on has them, of the same step."""
+    run.stepper.model = lambda state: model
+    asked = []
+    run.stopping = lambda: len(asked) == 1
 
-    hook.on_start(run)
-    steps(run, hook, 3)
-    hook.on_stop(run)
+    def generate(given, prompts):
+        asked.extend(prompts)
+        return [f"said to {prompt}" for prompt in prompts]
 
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["step"] for line in found] == [1, 2, 2, 3]
-    assert found[-1] == {"step": 3, **METRICS}
-
-
-def test_lines_instead_of_a_bar(run):
-    output = io.StringIO()
-    hook = ProgressBar(every=3, console=Console(file=output, width=40))
-
-    hook.on_start(run)
-    for number in range(1, 5):
-        steps(run, hook, number, seconds=10.0 * number, mfu=0.25)
-    run.evaluation = {"held_out_loss": 1.5}
-    hook.on_eval(run)
-    run.say("[kept]")
-    hook.on_stop(run)
-
-    speed = "loss 2.0000  1,500 tokens/s  MFU 25.0%  2.0 GB"
-    assert output.getvalue().splitlines() == [
-        f"step 1 of 4  {speed}  ? left",
-        f"step 3 of 4  {speed}  0:00:10 left",
-        f"step 4 of 4  {speed}  0:00:00 left",
-        "step 4  held-out loss 1.5000",
-        "[kept]",
-    ]
-
-
-def test_a_bar(run):
-    output = io.StringIO()
-    hook = ProgressBar(console=Console(file=output, force_terminal=True, width=120))
-
-    hook.on_start(run)
+    hook = Samples(["1+1", "2+2"], generate, every=2)
     steps(run, hook, 1, 2)
-    hook.on_stop(run)
+    state = json.loads(json.dumps(hook.get_state()))
 
-    assert "step 2 of 4" in output.getvalue() and "1,500 tokens/s" in output.getvalue()
+    assert asked == ["1+1"] and not (tmp_path / "samples.jsonl").exists()
+    run.stopping = lambda: False
+    for interrupted in (True, False):  # at a step of its own a signal may have come before, too
+        resumed, run.interrupted = Samples(["1+1", "2+2"], generate, every=2), interrupted
+        resumed.set_state(state)
+        resumed.on_start(run)
+        assert resumed.get_state() == {"owed": interrupted}
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(2, "1+1"), (2, "2+2")]
+    resumed.set_state({})  # of an older checkpoint
+    assert not resumed.owed
 
 
-def test_tensorboard(run, tmp_path):
-    pytest.importorskip("tensorboardX", reason="of the extra [train]")
-    hook = TensorBoard()
-
+def test_samples_without_their_file(model, run, tmp_path):
+    """A folder is in the file's place, so that nothing can be written: said once."""
+    run.stepper.model = lambda state: model
+    hook = Samples(["1+1"], lambda model, prompts: list(prompts), every=1)
     hook.on_start(run)
-    steps(run, hook, 1)
-    hook.on_stop(run)
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "samples.jsonl").mkdir()
 
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    assert all(name.encode() in file.read_bytes() for name in METRICS)
+    steps(run, hook, 1, 2)
+
+    remarks = [text for text in run.said if "the run goes on" in text]
+    assert len(remarks) == 1 and remarks[0].startswith("samples: [Errno ")
+    assert len(run.said) == 3
 
 
-def test_trackers(run, monkeypatch):
-    """With packages that only note what they are told."""
-    calls = []
+def test_a_profile_of_a_resumed_run(run, monkeypatch):
+    """The rest of its steps, or none where they are over."""
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: seen.append(("from", run.step)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("to", run.step)))
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
 
-    class Package(types.SimpleNamespace):
-        def init(self, **options):
-            calls.append(options)
-            return self
-
-        def log(self, metrics, step):
-            calls.append((step, metrics["loss"]))
-
-        def finish(self):
-            calls.append("finish")
-
-    for name, hook in (("wandb", WandB(project="p", id="i")), ("trackio", Trackio(project="p"))):
-        monkeypatch.setitem(sys.modules, name, Package())
+    for done in (2, 3):
+        hook, run.step = ProfilerTrace(first=2, last=3), done
         hook.on_start(run)
-        steps(run, hook, 1)
+        steps(run, hook, *range(done + 1, 5))
         hook.on_stop(run)
 
-    wandb = {"project": "p", "name": None, "id": "i", "resume": "allow", "dir": run.folder}
-    trackio = {"project": "p", "name": None, "space_id": None, "resume": "allow"}
-    assert calls == [wandb, (1, 2.0), "finish", trackio, (1, 2.0), "finish"]
+    assert seen == [("from", 2), ("to", 3)]
 
 
-@pytest.mark.parametrize(
-    ("hook", "package", "install"),
-    [
-        (TensorBoard(), "tensorboardX", r"pip install 'gptoss-jax\[train\]'"),
-        (WandB(project="p"), "wandb", "pip install 'wandb'"),
-        (Trackio(project="p"), "trackio", "pip install 'trackio'"),
-    ],
-)
-def test_a_tracker_that_is_not_installed(run, monkeypatch, hook, package, install):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_profile_that_cannot_be(run, monkeypatch):
+    """Of steps that the run does not have: an error. While another trace runs: said once."""
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    with pytest.raises(ValueError, match=r"trace: expected .* the run's 4 steps, got first=5"):
+        ProfilerTrace(first=5, last=9).on_start(run)
 
-    with pytest.raises(ImportError, match=install):
-        hook.on_start(run)
+    def refused(path):
+        raise RuntimeError("only one profile may be run at a time")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", refused)
+    hook = ProfilerTrace(first=1, last=3)
+    hook.on_start(run)
+    steps(run, hook, 1, 2, 3, 4)
     hook.on_stop(run)
+
+    assert run.said == ["trace: only one profile may be run at a time; the run goes on without it"]
+
+
+def test_names_of_hooks(run):
+    """By module and name, so that two classes of one name both live; our own by name alone."""
+
+    def made(module, name):
+        return type(name, (Hook,), {"__module__": module, "__qualname__": name})()
+
+    ours = Evaluation([], every=1)
+    others = made("a", "Evaluation"), made("b", "Evaluation"), made("b", "Evaluation")
+
+    found = named([ours, *others, Samples([], list, every=1)])
+
+    assert list(found) == [
+        "Evaluation",
+        "a:Evaluation",
+        "b:Evaluation",
+        "b:Evaluation 2",
+        "Samples",
+    ]
+    assert list(found.values())[:4] == [ours, *others]
+
+
+def test_states_of_hooks():
+    """Those of older checkpoints, whose names had no module, are found, too."""
+
+    class Counter(Hook):
+        def __init__(self):
+            self.state = None
+
+        def set_state(self, state):
+            self.state = state["n"]
+
+    class Evaluation(Counter):
+        __qualname__ = "Evaluation"
+
+    module, hooks = __name__, [EarlyStopping(patience=1), Counter(), Counter(), Evaluation()]
+    local = "test_states_of_hooks.<locals>.Counter"
+    new = {f"{module}:{local}": {"n": 1}, f"{module}:{local} 2": {"n": 2}}
+    old = {"Counter": {"n": 3}, "Counter 2": {"n": 4}, "Evaluation": {"n": 5}, "Gone": {"n": 6}}
+
+    give_states(named(hooks), new)
+    assert [hook.state for hook in hooks[1:]] == [1, 2, None]
+    give_states(named(hooks), old)
+    assert [hook.state for hook in hooks[1:]] == [3, 4, 5]
+    both = [
+        *hooks,
+        type(
+            "Evaluation", (Counter,), {"__module__": "gptoss_jax.x", "__qualname__": "Evaluation"}
+        )(),
+    ]
+    give_states(named(both), {"Evaluation": {"n": 7}})
+    assert [hook.state for hook in both[3:]] == [5, 7]
 
 
 def test_a_users_hook(tmp_path, monkeypatch):
@@ -386,8 +414,37 @@ def test_a_users_hook(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=problem):
             hook_from(target)
-    with pytest.raises(ValueError, match=r"hook my_hooks:Mine: .*'length'; check its options"):
+    with pytest.raises(ValueError, match=r"hook my_hooks:Mine: .*\(\*, size=1\), got .*'length'"):
         hook_from("my_hooks:Mine", length=3)
+
+
+def test_users_hooks_with_mistakes(tmp_path, monkeypatch):
+    """All of them at once: options, a value, an error of the hook's own, a module with one."""
+    (tmp_path / "their_hooks.py").write_text(
+        "from gptoss_jax.training.hooks import Hook\n"
+        "class Mine(Hook):\n"
+        "    def __init__(self, *, path):\n"
+        "        self.rows = open(path).read() if path else None + 1\n"
+    )
+    (tmp_path / "half_written.py").write_text("class Mine(\n")
+    (tmp_path / "needs_another.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    wanted = [("their_hooks:Mine", {"path": path}) for path in ("nowhere.txt", "")]
+    wanted += [("their_hooks:Mine", {}), ("half_written:Mine", {}), ("needs_another:Mine", {})]
+
+    with pytest.raises(ValueError) as caught:
+        hooks_from(wanted)
+
+    said = str(caught.value)
+    for part in (
+        "hook their_hooks:Mine: [Errno 2] No such file or directory: 'nowhere.txt'",
+        "hook their_hooks:Mine: TypeError(",
+        "hook their_hooks:Mine: expected the options (*, path), got missing a required",
+        "got 'half_written' (SyntaxError(",
+        "got 'needs_another' (No module named 'no_such_package'); mend it first",
+    ):
+        assert part in said
+    assert [type(hook) for hook in hooks_from([("gptoss_jax.training.hooks:Hook", {})])] == [Hook]
 
 
 def test_where_tokens_go(model, run, monkeypatch):

@@ -14,7 +14,7 @@ from small_runs import OPTIONS as STEPS
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.training.data import DataOptions, batches, load_rows, one_pass
 from gptoss_jax.training.documents import Counts, Documents
-from gptoss_jax.training.hooks import RouterStatistics
+from gptoss_jax.training.observers import RouterStatistics
 from gptoss_jax.training.prefixed import PrefixedBatch
 from gptoss_jax.training.shared import shared_length
 from gptoss_jax.training.sources import SourceRow
