@@ -79,7 +79,7 @@ def _file(path: Path) -> dict[str, Any]:
             f"{str(path)!r}, which is neither"
         )
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"mesh: {path}: expected TOML, got {error}") from None
 

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "gptoss_jax"
 FLOORS = (
     (
         *("config", "config_json", "mesh_rules", "shapes", "compat", "device", "folders"),
-        "roll_call",
+        *("roll_call", "field_kinds"),
     ),
     ("mxfp4", "sharding", "mesh_file", "distributed", "harmony", "run_file"),
     (

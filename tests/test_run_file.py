@@ -2,21 +2,29 @@
 """Strict reading of TOML files into dataclasses."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import pytest
+from pydantic import InstanceOf
 
-from gptoss_jax.run_file import read_run
+from gptoss_jax.field_kinds import in_words
+from gptoss_jax.mesh_file import read_mesh
+from gptoss_jax.run_file import fields_table, from_fields, read_run, settle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wheel:
     size: int
     colour: Literal["red", "blue"] = "red"
+    load: float = 1.0
 
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"expected a size of at least 1, got {self.size}")
+        if self.load <= 0 or self.load > self.size:
+            raise ValueError(f"load: expected above 0, got {self.load}, for size={self.size}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +33,11 @@ class Cart:
     wheels: tuple[Wheel, ...] = ()
     spare: Wheel | None = None
     tags: tuple[str, ...] = ()
+    day: str | None = None
+    limit: float | None = 2.0
+    span: tuple[int, int] | None = None
+    spokes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read(tmp_path, text: str, *overrides: str) -> Cart:
@@ -68,7 +81,23 @@ def test_an_override_makes_its_table(tmp_path):
         ("name = 'n'\n[spare]\nsize = 0", (), ["spare: expected a size of at least 1, got 0"]),
         ("name =", (), ["expected TOML"]),
         ("name = 'n'", ("spare",), ["spare: expected a field and its value"]),
-        ("name = 'n'", ("name.x=1",), ["expected a table at name"]),
+        ("name = 'n'", ("name.x=1",), ["expected a table at name, got 'n'"]),
+        ("name = 'n'", ("x[0]=1", "tags=[a]"), ["x[0]=1: expected a", "tags=[a]: expected TOML"]),
+        ("name = 3", (), ["cart.toml: name: expected text in quotes, got 3"]),
+        ("name = 'n'\nwheels = 3", (), ["wheels: expected a list, got 3"]),
+        ("name = 'n'\nspare = 3", (), ["spare: expected a table, got 3"]),
+        ("name = 'n'\n[spare]\nsize = 2.5", (), ["spare.size: expected a whole number, got 2.5"]),
+        ("name = 'n'\n[spare]\nsize = true", (), ["spare.size: expected a whole number, got true"]),
+        ("name = 'n'\n[[wheels]]\nsize = 2\nload = false", (),
+         ["wheels.0.load: expected a number, got false"]),
+        ("name = 'n'\n[spokes]\nfront = true", (), ["spokes.front: expected a whole number, g"]),
+        ("name = 'n'\nspan = [1, 2, 3]", (), ["span: expected 2 values, got 3"]),
+        ("name = 'n'\nspan = [1]", (), ["span: expected more values, got [1]"]),
+        ("name = 'n'\n[spare]\nsize = 1\nload = 0", (),
+         ["spare.load: expected above 0, got 0.0"]),
+        ("name = 'n'\ncolour = 'red'", (), ["colour: unknown key (did you mean wheels.N.colour "]),
+        ("name = 'n'\n[spare]\nsize = 1\ntags = []", (),
+         ["spare.tags: unknown key (did you mean tags?)"]),
     ],
 )  # fmt: skip
 def test_everything_wrong_is_in_one_error(tmp_path, text, overrides, expected):
@@ -81,3 +110,150 @@ def test_everything_wrong_is_in_one_error(tmp_path, text, overrides, expected):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"cart\.toml: expected a TOML file"):
         read_run(Cart, tmp_path / "cart.toml")
+
+
+TEXT = 'name = "n"\n[spare]\nsize = 2\n'
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "right"),
+    [
+        ("day=2026-01-02", "day", "2026-01-02"),
+        ("day=2026-01-02T03:04:05", "day", "2026-01-02T03:04:05"),
+        ("day=2026", "day", "2026"),
+        ("day=none", "day", None),
+        ("day='None'", "day", None),
+        ("day=nonesuch", "day", "nonesuch"),
+        ("name=none", "name", "none"),
+        ("limit=none", "limit", None),
+        ("limit=3", "limit", 3.0),
+        ("span=NONE", "span", None),
+        ("spare=none", "spare", None),
+        ("tags=a", "tags", ("a",)),
+        ("tags=7", "tags", ("7",)),
+        ("tags=['a', 'none']", "tags", ("a", "none")),
+        ('spokes."a.b*=c"=4', "spokes", {"a.b*=c": 4}),
+        ("spokes.'a.b'=4", "spokes", {"a.b": 4}),
+        ("name=a=b", "name", "a=b"),
+        ("others={a=[2026-01-02, true], b='none'}", "others",
+         {"a": ["2026-01-02", True], "b": "none"}),
+    ],
+)  # fmt: skip
+def test_what_may_be_written(tmp_path, override, field, right):
+    """A date for text, `none` where a field may be that, one text for several, quoted names."""
+    assert getattr(read(tmp_path, TEXT, override), field) == right
+
+
+def test_the_same_in_the_file(tmp_path):
+    text = 'name = "n"\nday = 2026-01-02\nlimit = "none"\ntags = "a"\nothers.x = 10:11:12\n'
+
+    cart = read(tmp_path, text)
+
+    assert (cart.day, cart.limit, cart.tags) == ("2026-01-02", None, ("a",))
+    assert cart.others == {"x": "10:11:12"}
+
+
+def test_a_byte_order_mark(tmp_path):
+    path = tmp_path / "cart.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+
+    assert read_run(Cart, path).name == "n"
+    path.write_bytes(b"\xef\xbb\xbf[mesh]\ndata = 2\n")
+    assert read_mesh(path).sizes == {"data": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("spare.size=big", "spare.size: expected a whole number, got 'big' (set on the comman"),
+        ("spare.size=0", "spare: expected a size of at least 1, got 0 (spare.size is set on the"),
+        ("spare.size=1", "for size=1 (spare.size is set on the command line)"),
+        ("spare={size='x'}", "spare.size: expected a whole number, got 'x' (set on the comma"),
+        ("spare.siz=3", "spare.siz: unknown key (did you mean size?) (set on the command line)"),
+        ("spar.size=3", "spar: unknown key (did you mean spare?) (spar.size is set on the command"),
+        ("tags=x", "for size=2"),
+    ],
+)  # fmt: skip
+def test_who_has_set_what_is_wrong(tmp_path, override, expected):
+    text = TEXT + f"load = {1.5 if override != 'tags=x' else 3.0}\n"
+
+    with pytest.raises(ValueError) as caught:
+        read(tmp_path, text, override)
+
+    said = str(caught.value)
+    assert expected in said
+    assert said.count("the command line)") == (override != "tags=x")
+
+
+class Driver:
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yard:
+    carts: tuple[Cart | InstanceOf[Driver], ...] = ()
+    first: Cart | None = None
+    folder: str = "."
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        settle(self)
+
+
+def test_what_python_gives():
+    """Paths, lists, mappings, one text: as a file would have them. Objects stay what they are."""
+    driver, cart = Driver(), Cart(name="a")
+    given: Any = {"folder": Path("x") / "y", "tags": "t", "first": {"name": "b", "tags": "u"}}
+
+    yard = Yard(**given, carts=[cart, driver])  # pyright: ignore[reportArgumentType]
+
+    assert yard == Yard(
+        folder="x/y", tags=("t",), first=Cart(name="b", tags=("u",)), carts=(cart, driver)
+    )
+    listed: Any = [PurePosixPath("p"), "q"]
+    assert Yard(tags=listed).tags == ("p", "q")
+    wrong: Any = {"first": {"nam": "b"}, "carts": (), "folder": "none"}
+    with pytest.raises(
+        ValueError, match=r"first: nam: unknown key \(did you mean name\?\); name: m"
+    ):
+        Yard(**wrong)
+
+
+def test_a_table_that_may_be_an_object(tmp_path):
+    """In a file it is the table, and errors speak of it alone."""
+    made = from_fields(Yard, {"carts": [{"name": "a", "tags": "t"}]}, where="yard")
+
+    assert made == Yard(carts=(Cart(name="a", tags=("t",)),))
+    for table, expected in (
+        ({"name": 3}, "carts.0.name: expected text"),
+        (3, "carts.0: expected a"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            from_fields(Yard, {"carts": [table]}, where="yard")
+        assert str(caught.value).startswith(f"yard: {expected}")
+        assert ";" not in str(caught.value)
+
+
+def test_a_table_of_the_fields():
+    lines = fields_table(Cart).splitlines()
+
+    rows = [tuple(part.strip() for part in line.split("  ") if part) for line in lines]
+    assert rows == [
+        ("name", "text", "required"),
+        ("wheels", "list of tables", "[]"),
+        ("wheels.N.size", "whole number", "required"),
+        ("wheels.N.colour", "'red' or 'blue'", "'red'"),
+        ("wheels.N.load", "number", "1.0"),
+        ("spare", "table or none", "none"),
+        ("spare.size", "whole number", "required"),
+        ("spare.colour", "'red' or 'blue'", "'red'"),
+        ("spare.load", "number", "1.0"),
+        ("tags", "list of texts", "[]"),
+        ("day", "text or none", "none"),
+        ("limit", "number or none", "2.0"),
+        ("span", "list of whole number and whole number or none", "none"),
+        ("spokes", "table", "{}"),
+        ("others", "table", "{}"),
+    ]
+    assert len({line.index(f" {row[1]}  ") for line, row in zip(lines, rows, strict=True)}) == 1
+    assert in_words(Wheel) == ""

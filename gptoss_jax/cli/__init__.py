@@ -6,6 +6,7 @@ begins with `gptoss:`, and with --json the error is on stdout, too: {"error": {"
 Ctrl-C is watched before anything is imported that takes time.
 """
 
+import contextlib
 import io
 import os
 import signal
@@ -17,6 +18,7 @@ from gptoss_jax.cli.errors import INTERRUPTED, fail, print_error
 from gptoss_jax.cli.output import package_remarks
 
 CLOSED_PIPE = 141
+NAME_MODULES = ("finetune", "data")  # commands that take `module:name` for what is the user's own
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,6 +75,17 @@ def open_streams() -> None:
             setattr(sys, name, file)
 
 
+def find_modules_here(arguments: Sequence[str]) -> None:
+    """Let the user's own modules be found in the current folder, as `python -m` does.
+
+    The `gptoss` script has its own folder first on the path instead; `python -P` wants neither.
+    """
+    if arguments and arguments[0] in NAME_MODULES and not sys.flags.safe_path:
+        with contextlib.suppress(FileNotFoundError):  # a folder that is no more
+            if (here := os.getcwd()) not in sys.path:
+                sys.path.insert(0, here)
+
+
 def leave(status: int) -> None:
     """Before a failed command ends: do not wait long for processes that wait for this one."""
     module = sys.modules.get("gptoss_jax.distributed")  # jax takes long to import, and for nothing
@@ -87,6 +100,7 @@ def main() -> None:
         open_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal without unicode shows `?`
+        find_modules_here(sys.argv[1:])
         status = run(sys.argv[1:])
         leave(status)
     except KeyboardInterrupt:
