@@ -112,9 +112,9 @@ def takes_text(kind: Any) -> bool:
 def dataclass_of(kind: Any) -> Any:
     """Stage of Stage, of tuple[Stage, ...] and of Stage | None; None where there is none."""
     for one in members(kind):
-        inner = typing.get_args(one)[0] if is_list(one) else one
-        if dataclasses.is_dataclass(inner):
-            return inner
+        found = dataclass_of(typing.get_args(one)[0]) if is_list(one) else one
+        if dataclasses.is_dataclass(found):
+            return found
     return None
 
 

@@ -94,19 +94,28 @@ def settle(options: Any) -> None:
     problems: list[str] = []
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        given, kinds = getattr(options, field.name), members(hints[field.name])
+        given = getattr(options, field.name)
         value = adapted(hints[field.name], given, problems, field.name)
-        if isinstance(given, Mapping) and dataclass_of(hints[field.name]) in kinds:
-            try:
-                value = from_fields(dataclass_of(hints[field.name]), given, where=field.name)
-            except ValueError as error:
-                problems.append(str(error))
-        elif isinstance(value, list) and any(map(is_list, kinds)):
-            value = tuple(value)
+        try:
+            value = _with_tables(hints[field.name], value, field.name)
+        except ValueError as error:
+            problems.append(str(error))
         if value is not given:
             object.__setattr__(options, field.name, value)
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _with_tables(kind: Any, value: Any, name: str) -> Any:
+    """A value with dataclasses in place of the mappings that describe them, and no lists."""
+    nested, kinds = dataclass_of(kind), members(kind)
+    if isinstance(value, list | tuple) and any(map(is_list, kinds)):
+        parts = [_with_tables(nested, part, f"{name}.{n}") for n, part in enumerate(value)]
+        same = all(one is other for one, other in zip(parts, value, strict=True))
+        return value if same and isinstance(value, tuple) else tuple(parts)
+    if isinstance(value, Mapping) and nested is not None and nested in kinds:
+        return from_fields(nested, value, where=name)
+    return value
 
 
 def _made(kind: type[T], fields: Mapping[str, Any], where: str, later: Sequence[str]) -> T:

@@ -210,6 +210,8 @@ def test_what_python_gives():
     assert yard == Yard(
         folder="x/y", tags=("t",), first=Cart(name="b", tags=("u",)), carts=(cart, driver)
     )
+    described: Any = [{"name": "a"}, driver]
+    assert Yard(carts=described).carts == (cart, driver)
     listed: Any = [PurePosixPath("p"), "q"]
     assert Yard(tags=listed).tags == ("p", "q")
     wrong: Any = {"first": {"nam": "b"}, "carts": (), "folder": "none"}

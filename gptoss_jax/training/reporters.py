@@ -15,6 +15,7 @@ import io
 import json
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,10 @@ class _Tracker(Reporter):
 
     def check(self, folder: Path | None) -> None:
         _optional(self.package, self.package)
+
+    def _try(self, run: Run, action: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is not for what trackers remark
+            super()._try(run, action, *arguments)
 
     def get_state(self) -> dict[str, Any]:
         return {"id": self.id}

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_processes, scripts, shown
 from rich.console import Console
 
 from gptoss_jax.training.hooks import Run
@@ -310,6 +311,7 @@ class Package(types.SimpleNamespace):
         self.started, self.logged, self.finished = [], [], 0
 
     def init(self, **options):
+        print("project initialized")
         self.started.append(options)
         self.name = options["name"] or f"own {len(self.started)}"
         return self
@@ -331,7 +333,8 @@ def package(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [WandB, Trackio])
-def test_trackers(run, package, kind):
+def test_trackers(run, package, kind, capsys):
+    """They are told everything; what they print is not on stdout, which is the command's."""
     hook = kind(project="p", name="n", config={"lora": {"rank": 4}})
 
     hook.on_start(run)
@@ -342,6 +345,7 @@ def test_trackers(run, package, kind):
     assert started["project"] == "p" and started["name"] == "n"
     assert started["config"] == {"lora": {"rank": 4}}
     assert (package.logged, package.finished) == ([(1, 2.0)], 1)
+    assert capsys.readouterr() == ("", "project initialized\n")
 
 
 def test_wandb_goes_on_under_one_id(run, package, tmp_path):
@@ -414,3 +418,64 @@ def test_a_tracker_that_is_not_installed(run, monkeypatch, hook, package, instal
         with pytest.raises(ImportError, match=install):
             begin()
     hook.on_stop(run)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+TOGETHER = """
+import json, sys, types
+import jax
+from small_runs import *
+from gptoss_jax.model.placed import place
+from gptoss_jax.sharding import make_mesh
+from gptoss_jax.training.reporters import MetricsFile, Reporter, Trackio, WandB
+from gptoss_jax.training.store import CheckpointOptions, CheckpointStore
+from gptoss_jax.training.trainer import train
+
+class Broken(Reporter):
+    def write(self, step, metrics):
+        raise ConnectionError(f"gone at step {step}")
+
+class Package(types.ModuleType):
+    def init(self, **options):
+        self.id = options["id"]
+        return self
+    def log(self, metrics, step): ...
+    def finish(self): ...
+
+sys.modules["wandb"] = Package("wandb") if process == 0 else None
+sys.modules["trackio"] = None if process == 0 else Package("trackio")
+model, said = place(random_model(ONE_LAYER), make_mesh(fsdp=2, expert=2, tensor=2)), []
+wandb = WandB(project="p")
+hooks = [Broken(), MetricsFile(), wandb]
+batch = random_batch(ONE_LAYER.vocab_size)
+with CheckpointStore(folder + "/checkpoints", CheckpointOptions(every=1), say=said.append) as store:
+    where = {"store": store, "folder": folder, "say": said.append}
+    end = train(model, iter([batch] * 3), SLOW, hooks=hooks, **where)
+try:
+    train(model, iter([batch] * 3), SLOW, hooks=[Trackio(project="p")], folder=folder)
+    error = None
+except Exception as failed:
+    error = str(failed)
+print(json.dumps([end.step, wandb.id, said, error]))
+"""
+
+
+@pytest.mark.mesh
+def test_two_processes(tmp_path):
+    """What fails on the first alone is left out there; an id is the same on both, and in the
+    checkpoint, which both have to agree on; a package is needed where something is written."""
+    start = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    programs = scripts(f"{start}folder = {str(tmp_path)!r}\n{TOGETHER}")
+    quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"
+
+    ended = run_processes(programs, limit=120.0, each=[{"XLA_FLAGS": quick}] * 2)
+
+    assert [process.status for process in ended] == [0, 0], shown(ended)
+    first, second = (json.loads(process.out.splitlines()[-1]) for process in ended)
+    assert first[:2] == second[:2] and first[0] == 3
+    assert first[2] == ["Broken: gone at step 1; the run goes on without it"] and second[2] == []
+    assert "pip install 'trackio'" in first[3] and "process 0 failed" in second[3]
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    (*_, saved) = sorted((tmp_path / "checkpoints").glob("step-*/facts.json"))
+    assert json.loads(saved.read_text())["facts"]["hooks"]["WandB"] == {"id": first[1]}
