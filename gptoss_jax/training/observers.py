@@ -81,8 +81,10 @@ def drop_later_lines(path: Path, step: int) -> None:
 
     The last line may have been cut off.
     """
-    kept, step = [], step or -1
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+    kept, step, text = [], step or -1, ""
+    if path.exists():  # what a failing disk has made of it is no line, whatever it is
+        text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)

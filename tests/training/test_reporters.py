@@ -199,7 +199,9 @@ def test_metrics_of_a_run_that_was_taken_up_again(run, tmp_path):
     """Killed in step 4 and resumed after step 2."""
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 0.0}) + "\n" for step in (1, 2, 2, 3)]
-    file.write_text("".join(lines) + '{"step": 4, "lo')
+    file.write_bytes("".join([*lines[:2], "\0\n"]).encode() + b"\xff\n")  # a disk has failed, too
+    with file.open("a") as more:
+        more.write("".join(lines[2:]) + '{"step": 4, "lo')
     run.step, hook = 2, MetricsFile()
 
     hook.on_start(run)
