@@ -84,5 +84,5 @@ def test_a_recipe_is_read_strictly(tmp_path):
     unknown = "stages.0.optimisation.learning_rat: unknown key"
     assert f"{unknown} (did you mean learning_rate?)" in message
     assert "stages.0.optimisation.steps2: unknown key" in message
-    assert "stages.0.optimisation.warmup_steps: input should be a valid integer" in message
+    assert "stages.0.optimisation.warmup_steps: expected a whole number" in message
     assert "stages.0.optimisation.learning_rate: missing" in message
