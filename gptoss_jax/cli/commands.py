@@ -71,6 +71,7 @@ def completed(arguments: list[str]) -> int:
 def parsed(name: str, words: list[str]) -> Any:
     """The subcommand, with its options. Raises ValueError with all that is wrong with them."""
     prog, said = f"gptoss {name}", io.StringIO()
+    words = getattr(COMMANDS[name], "arranged", list)(words)
     try:
         with contextlib.redirect_stderr(said):
             found = tyro.cli(

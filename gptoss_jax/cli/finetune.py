@@ -4,7 +4,8 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FIELD = re.compile(r"[A-Za-z_][\w.]*(\.[\"'][^\"']*[\"'])?\s*=")  # how one that is set anew begins
 MOST_ON_CPU = 8  # devices of a mesh that are made of one CPU
 RUN = "run.json"  # in an output folder: what the run is
 TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the run
@@ -29,6 +31,8 @@ FIELDS = {
     "path": "model.checkpoint",
     "folder": "model.checkpoint",
     "dtype": "model.dtype",
+    "experts": "model.experts",
+    "trace": "watch.trace",
     "mesh": "[mesh]",
 }
 
@@ -61,7 +65,7 @@ class Finetune:
     Example: gptoss finetune configs/finetune/tiny-lora.toml optimisation.steps=100
     """
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
     """A TOML file, or the output folder of a run that was begun."""
     overrides: Overrides = dataclasses.field(default_factory=list)
     """Fields of it that are to be different, as optimisation.steps=20 or lora.rank=16."""
@@ -69,10 +73,30 @@ class Finetune:
     """Train nothing: write what the checkpoint of this step holds, beside the result."""
     accept_changes: bool = False
     """Go on with other rates than those the run began with, from where it is."""
+    fields: bool = False
+    """List the fields that a RUN may have, with their kinds and defaults, and do nothing else."""
     output: Group[Output] = dataclasses.field(default_factory=Output)
     processes: Group[Processes] = dataclasses.field(default_factory=Processes)
 
+    @staticmethod
+    def arranged(words: Sequence[str]) -> list[str]:
+        """Fields behind the RUN, wherever they stood: options may stand between them."""
+        if "--" in words:
+            return list(words)
+        fields = [word for word in words if FIELD.match(word)]
+        others = [word for word in words if not FIELD.match(word)]
+        places = [at for at, word in enumerate(others) if word.endswith(".toml") or not at]
+        runs = [at for at in places if not others[at].startswith("-")]
+        at = runs[0] + 1 if runs else len(others)
+        return [*others[:at], *fields, *others[at:]]
+
     def run(self) -> int:
+        if self.fields:
+            from gptoss_jax.finetuning.options import FinetuneRun
+            from gptoss_jax.run_file import fields_table
+
+            print(fields_table(FinetuneRun))
+            return 0
         self.processes.begin(self.check)
         from gptoss_jax.finetuning.run import export_step, finetune
         from gptoss_jax.inference.compilation import enable_compilation_cache
@@ -128,7 +152,9 @@ class Finetune:
     def check(self) -> None:
         """Raise ValueError for what is wrong on the face of it."""
         problems = []
-        if os.path.isdir(self.config):
+        if not self.config:
+            problems.append("RUN: expected a value, got nothing; see `gptoss finetune --help`")
+        elif os.path.isdir(self.config):
             if not os.path.isfile(os.path.join(self.config, RUN)):
                 problems.append(
                     f"RUN: expected a TOML file, or the output folder of a run, got the folder "

@@ -5,14 +5,15 @@ Most tables are the options of the room that uses them. configs/finetune/ has ru
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from flax import nnx
+from pydantic import InstanceOf
 
 from gptoss_jax.mesh_file import WrittenMesh, written_mesh
 from gptoss_jax.training.data import DataOptions
+from gptoss_jax.training.hooks import Hook
 from gptoss_jax.training.lora import LoraOptions
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.step import StepOptions
@@ -45,6 +46,25 @@ class WatchOptions:
     wandb: str | None = None  # a project
     trackio: str | None = None  # a project
 
+    def __post_init__(self):
+        problems = [
+            f"{name}: expected a whole number of at least 1, got {value!r}"
+            for name in ("evaluate_every", "patience", "samples_every", "router_every", "log_every")
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1)
+        ]
+        problems += [
+            f"{name}: expected the name of a project, got ''"
+            for name in ("wandb", "trackio")
+            if getattr(self, name) == ""
+        ]
+        if self.trace is not None and not 1 <= self.trace[0] <= self.trace[1]:
+            problems.append(
+                "trace: expected a first step of at least 1 and a last one from there on, got "
+                f"{list(self.trace)}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HookOptions:
@@ -76,11 +96,16 @@ class FinetuneRun:
     step: StepOptions = dataclasses.field(default_factory=StepOptions)
     checkpoints: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
-    hooks: tuple[HookOptions, ...] = ()
+    hooks: tuple[HookOptions | InstanceOf[Hook], ...] = ()
 
     def __post_init__(self):
-        self._make_tables()
-        problems = [*self._of_the_model(), *self._without_effect(), *self._not_whole()]
+        from gptoss_jax.run_file import settle
+
+        settle(self)
+        self._check_kinds()
+        problems = [*self._of_the_model(), *self._without_effect()]
+        if self.result not in (None, "best", "last"):
+            problems.append(f"result: expected best or last, got {self.result!r}")
         if not self.output:
             problems.append("output: expected a folder, got an empty name; name one")
         if self.data.share_beginning:
@@ -90,23 +115,21 @@ class FinetuneRun:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def _make_tables(self) -> None:
-        """Of mappings that are given in their place, from Python."""
-        for name, kind in TABLES.items():
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, _made(kind, name, value))
-            elif not isinstance(value, kind) and (name, value) != ("lora", None):
-                raise ValueError(
-                    f"{name}: expected {kind.__name__}, or a mapping of its fields, got {value!r}"
-                )
-        if isinstance(self.output, os.PathLike):
-            object.__setattr__(self, "output", os.fspath(self.output))
-        made = [
-            _made(HookOptions, f"hooks[{i}]", hook) if isinstance(hook, Mapping) else hook
-            for i, hook in enumerate(self.hooks)
+    def _check_kinds(self) -> None:
+        """Of what was given in Python, which no file describes."""
+        problems = [
+            f"{name}: expected {kind.__name__}, or a mapping of its fields, got {value!r}"
+            for name, kind in TABLES.items()
+            if not isinstance(value := getattr(self, name), kind)
+            and (name, value) != ("lora", None)
         ]
-        object.__setattr__(self, "hooks", tuple(made))
+        problems += [
+            f"hooks: expected a Hook that is made, or HookOptions, got {hook!r}"
+            for hook in self.hooks
+            if not isinstance(hook, Hook | HookOptions)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def _of_the_model(self) -> Iterator[str]:
         if self.lora is not None and self.model.adapter is not None:
@@ -149,17 +172,11 @@ class FinetuneRun:
             ):
                 if value:
                     yield f"{name}: expected held-out data in data.eval to go by, got none"
+        last = self.optimisation.steps
+        if watch.trace is not None and last is not None and watch.trace[0] > last:
+            yield f"watch.trace: expected a first step up to the last, {last}, got {watch.trace[0]}"
         if watch.samples_every != WatchOptions.samples_every and not watch.samples:
             yield "watch.samples_every: expected prompts in watch.samples, got none"
-
-    def _not_whole(self) -> Iterator[str]:
-        names = ("evaluate_every", "patience", "samples_every", "router_every", "log_every")
-        for name in names:
-            value = getattr(self.watch, name)
-            if value is not None and (type(value) is not int or value < 1):
-                yield f"watch.{name}: expected a whole number of at least 1, got {value!r}"
-        if self.result not in (None, "best", "last"):
-            yield f"result: expected best or last, got {self.result!r}"
 
     def _not_shared(self) -> list[str]:
         """What there is for packed rows alone."""
@@ -212,14 +229,6 @@ TABLES: Mapping[str, type] = {
     "checkpoints": CheckpointOptions,
     "watch": WatchOptions,
 }
-
-
-def _made(kind: type, name: str, fields: Mapping[str, Any]) -> Any:
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        known = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise ValueError(f"{name}: expected fields of {known}, got {error}") from None
 
 
 def _plain(value: Any) -> Any:

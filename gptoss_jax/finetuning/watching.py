@@ -3,12 +3,12 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from gptoss_jax.conversation import chat
 from gptoss_jax.distributed import is_first
-from gptoss_jax.finetuning.options import FinetuneRun, HookOptions
+from gptoss_jax.finetuning.options import FinetuneRun
+from gptoss_jax.folders import user_folder
 from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training import hooks, observers, reporters
@@ -19,37 +19,15 @@ from gptoss_jax.training.step import AnyBatch
 def made_hooks(run: FinetuneRun) -> list[Hook]:
     """The user's hooks, made before anything that takes time.
 
-    Raises ValueError with everything wrong with them or with the table [watch], and ImportError
-    where a tracker's package is missing.
+    Raises ValueError with everything wrong with them, and ImportError where a tracker's package is
+    missing.
     """
-    problems = list(_problems(run))
-    if problems:
-        raise ValueError("; ".join(problems))
     if is_first():
         for reporter in _reporters(run):
-            reporter.check(Path(run.output))
+            reporter.check(user_folder("output", run.output))
     wanted = [entry for entry in run.hooks if not isinstance(entry, Hook)]
     new = iter(hooks_from((hook.target, hook.options) for hook in wanted))
     return [entry if isinstance(entry, Hook) else next(new) for entry in run.hooks]
-
-
-def _problems(run: FinetuneRun) -> Iterator[str]:
-    watch = run.watch
-    for name in ("evaluate_every", "patience", "samples_every", "router_every", "log_every"):
-        value = getattr(watch, name)
-        if value is not None and value < 1:
-            yield f"watch.{name}: expected a whole number of at least 1, got {value!r}"
-    for name in ("wandb", "trackio"):
-        if getattr(watch, name) == "":
-            yield f"watch.{name}: expected the name of a project, got ''"
-    if watch.trace is not None and not 1 <= watch.trace[0] <= watch.trace[1]:
-        yield (
-            "watch.trace: expected a first step of at least 1 and a last one from there on, got "
-            f"{list(watch.trace)}"
-        )
-    for entry in run.hooks:
-        if not isinstance(entry, Hook | HookOptions):
-            yield f"hooks: expected a Hook that is made, or HookOptions, got {entry!r}"
 
 
 def hooks_of(

@@ -23,8 +23,8 @@ from flax import nnx
 
 from gptoss_jax.distributed import everyones, is_first, of_first
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.hooks import Hook, Metrics, Run
-from gptoss_jax.training.metrics import step_metrics
+from gptoss_jax.training.hooks import Hook, Metrics, Run, give_states, named
+from gptoss_jax.training.metrics import as_number, plain_metrics, step_metrics
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.signals import SafeStop
 from gptoss_jax.training.step import AnyBatch, Kind, Numbers, Step, StepOptions, TrainState
@@ -130,7 +130,7 @@ class _Loop:
     def __init__(self, stepper, batches, hooks, store, facts, say):
         self.stepper: Step = stepper
         self.batches: Any = batches
-        self.hooks: dict[str, Hook] = _named(hooks)
+        self.hooks: dict[str, Hook] = named(hooks)
         self.store: Store | None = store
         self.facts: dict[str, Any] = facts
         self.say: Callable[[str], None] = say
@@ -160,9 +160,7 @@ class _Loop:
         self.position = facts["data"]
         if self.position is not None:
             self.batches.set_state(self.position)
-        for name, state in facts["hooks"].items():
-            if name in self.hooks:
-                self.hooks[name].set_state(state)
+        give_states(self.hooks, facts["hooks"])
         # What checkpoints of earlier versions do not have:
         run.metrics, self.evaluated = facts.get("metrics", {}), facts.get("evaluation", {})
         self.best = Best(*facts["best"]) if facts.get("best") else None
@@ -175,9 +173,10 @@ class _Loop:
         """All steps there are."""
         run.stopping = functools.partial(_stopping, run, signals)
         with contextlib.ExitStack() as at_end:
-            for hook in self.hooks.values():
+            for name, hook in self.hooks.items():
                 at_end.callback(hook.on_stop, run)
                 hook.on_start(run)
+                _check_metrics(run, name)
             self._evaluation(run)
             following = None if run.reason else self._following(run, run.step)
             if following is None and run.step == 0 and run.reason is None:
@@ -220,8 +219,9 @@ class _Loop:
         }
         run.evaluation, run.metric = {}, None
         run.stopping()
-        for hook in self.hooks.values():
+        for name, hook in self.hooks.items():
             hook.on_step(run)
+            _check_metrics(run, name)
         better = self._evaluation(run)
         run.stopping()
         run.seconds += time.perf_counter() - start
@@ -314,17 +314,16 @@ def _stopping(run: Run, signals: SafeStop) -> bool:
     return run.interrupted
 
 
+def _check_metrics(run: Run, name: str) -> None:
+    """What a hook has measured is numbers, of jax and NumPy, too; afterwards of Python alone."""
+    try:
+        run.metrics, run.evaluation = plain_metrics(run.metrics), plain_metrics(run.evaluation)
+        run.metric = None if run.metric is None else float(as_number(run.metric))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"hook {name}: {error}") from error
+
+
 def _of_first_process(numbers: Metrics) -> Metrics:
     """Those that are finite, as the first process has them: times and memory differ."""
     finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
     return json.loads(everyones(json.dumps(finite), "metrics")[0])
-
-
-def _named(hooks: Sequence[Hook]) -> dict[str, Hook]:
-    """By the names of their classes, and a number if there are several of one."""
-    named: dict[str, Hook] = {}
-    for hook in hooks:
-        name = type(hook).__name__
-        count = sum(type(other) is type(hook) for other in named.values())
-        named[f"{name} {count + 1}" if count else name] = hook
-    return named
