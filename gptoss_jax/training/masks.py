@@ -2,7 +2,7 @@
 """Conversations -> token ids, and for each id the weight of learning it.
 
 Ids are what inference would show the model: analysis of earlier turns is left out, as it is then.
-Weights are on what the model has to write itself; a policy says on which of that. Knows no files
+Weights are on what the model itself writes then, and a policy says on which of that. Knows no files
 and no batches: `sources.py` reads rows, `data.py` packs what comes from here.
 """
 
@@ -66,6 +66,10 @@ def tokenize(
     makes of the message it opens. The first one after other roles' messages, after a call or an
     answer stands in the prompt and has none. "final" learns answers and calls, "analysis+final"
     reasoning too, "assistant" also text ahead of a call, and "last-turn" that of the last turn.
+
+    The end of an answer is learnt as the `<|return|>` of the row's last message alone: the model
+    writes that and stops. The `<|end|>` of an earlier answer is how a prompt tells it later, never
+    what the model wrote, and has no weight.
 
     A message's own weight multiplies all that. The row's effort goes before the settings'. Plain
     text is learnt whole, with `<|endoftext|>` behind it.
@@ -132,17 +136,24 @@ def _weights(
 
         ...<|start|>assistant<|channel|>analysis<|message|>A<|end|>
         [<|start|>assistant<|channel|>final<|message|>F<|return|>]
+
+    and of an answer that is not the last message:
+
+        ...<|start|>assistant[<|channel|>final<|message|>F]<|end|><|start|>user...
     """
     messages, own = conversation.messages, _message_weights(conversation)
     all_turns = turns(messages)
     first = all_turns[-1].start if mask == "last-turn" and all_turns else 0
-    num_given, pieces, goes_on = len(answer_start(tokenizer)), [], False
+    num_given, end = len(answer_start(tokenizer)), tokenizer.specials["<|end|>"]
+    pieces, goes_on = [], False
     for ids, index in ((part.ids, part.index) for part in parts):
         kind = "" if index is None else _kind(messages[index], ids[-1], tokenizer)
         weights = np.zeros(len(ids), np.float32)
         if kind and index is not None and index >= first:
             weights[:num_given] = own[index] * goes_on
             weights[num_given:] = own[index] * (kind in _LEARNT[mask])
+            if kind == "answer" and ids[-1] == end:
+                weights[-1] = 0.0
         pieces.append(weights)
         goes_on = kind in ("analysis", "preamble")
     return np.concatenate(pieces)

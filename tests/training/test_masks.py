@@ -161,21 +161,21 @@ def test_golden_masks_of_one_turn(mask, compact):
 GOLDEN_TURNS = {
     "assistant": """\
 <|start|>user<|message|>q1<|end|>
-<|start|>assistant[<|channel|>final<|message|>F1<|end|>]
+<|start|>assistant[<|channel|>final<|message|>F1]<|end|>
 <|start|>user<|message|>q2<|end|>
 <|start|>assistant[<|channel|>commentary<|message|>C2<|end|>
 <|start|>assistant<|channel|>analysis<|message|>A2<|end|>
 <|start|>assistant<|channel|>final<|message|>F2<|return|>]""",
     "final": """\
 <|start|>user<|message|>q1<|end|>
-<|start|>assistant[<|channel|>final<|message|>F1<|end|>]
+<|start|>assistant[<|channel|>final<|message|>F1]<|end|>
 <|start|>user<|message|>q2<|end|>
 <|start|>assistant<|channel|>commentary<|message|>C2<|end|>
 [<|start|>assistant]<|channel|>analysis<|message|>A2<|end|>
 [<|start|>assistant<|channel|>final<|message|>F2<|return|>]""",
     "analysis+final": """\
 <|start|>user<|message|>q1<|end|>
-<|start|>assistant[<|channel|>final<|message|>F1<|end|>]
+<|start|>assistant[<|channel|>final<|message|>F1]<|end|>
 <|start|>user<|message|>q2<|end|>
 <|start|>assistant<|channel|>commentary<|message|>C2<|end|>
 [<|start|>assistant<|channel|>analysis<|message|>A2<|end|>
@@ -202,7 +202,7 @@ GOLDEN_TOOLS = {
 <|start|>user<|message|>q1<|end|>
 <|start|>assistant[{CALL}{{}}<|call|>]
 {RESULT}9<|end|>
-<|start|>assistant[<|channel|>final<|message|>F1<|end|>]
+<|start|>assistant[<|channel|>final<|message|>F1]<|end|>
 <|start|>user<|message|>q2<|end|>
 <|start|>assistant[<|channel|>analysis<|message|>A3<|end|>
 <|start|>assistant<|channel|>commentary<|message|>C3<|end|>
@@ -215,7 +215,7 @@ GOLDEN_TOOLS = {
 <|start|>user<|message|>q1<|end|>
 <|start|>assistant[{CALL}{{}}<|call|>]
 {RESULT}9<|end|>
-<|start|>assistant[<|channel|>final<|message|>F1<|end|>]
+<|start|>assistant[<|channel|>final<|message|>F1]<|end|>
 <|start|>user<|message|>q2<|end|>
 <|start|>assistant<|channel|>analysis<|message|>A3<|end|>
 [<|start|>assistant]<|channel|>commentary<|message|>C3<|end|>
@@ -228,7 +228,7 @@ GOLDEN_TOOLS = {
 <|start|>user<|message|>q1<|end|>
 <|start|>assistant[{CALL}{{}}<|call|>]
 {RESULT}9<|end|>
-<|start|>assistant[<|channel|>final<|message|>F1<|end|>]
+<|start|>assistant[<|channel|>final<|message|>F1]<|end|>
 <|start|>user<|message|>q2<|end|>
 <|start|>assistant[<|channel|>analysis<|message|>A3<|end|>
 <|start|>assistant]<|channel|>commentary<|message|>C3<|end|>
@@ -273,6 +273,90 @@ def test_golden_mask_with_weights(compact):
         "<|start|>assistant<|channel|>analysis<|message|>A2<|end|>\n"
         "[<|start|>assistant<|channel|>final<|message|>F2<|return|>]"
     )
+
+
+END_OF_ANSWERS = {
+    "an answer after an answer": (
+        (user("q"), said("final", "F"), said("final", "G")),
+        (),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>F]<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>G<|return|>]",
+    ),
+    "the user last": (
+        (user("q"), said("final", "F"), user("r")),
+        (),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>F]<|end|>\n"
+        "<|start|>user<|message|>r<|end|>",
+    ),
+    "a last answer without weight": (
+        (user("q"), said("final", "F"), user("r"), said("final", "G")),
+        (0.0, 1.0, 0.0, 0.0),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>F]<|end|>\n"
+        "<|start|>user<|message|>r<|end|>\n"
+        "<|start|>assistant<|channel|>final<|message|>G<|return|>",
+    ),
+    "a call last": (
+        (user("q"), said("final", "F"), user("r"), call("clock", "{}")),
+        (),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>F]<|end|>\n"
+        "<|start|>user<|message|>r<|end|>\n"
+        f"<|start|>assistant[{CALL}{{}}<|call|>]",
+    ),
+    "reasoning last": (
+        (user("q"), said("final", "F"), user("r"), said("analysis", "A")),
+        (),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>F]<|end|>\n"
+        "<|start|>user<|message|>r<|end|>\n"
+        "<|start|>assistant[<|channel|>analysis<|message|>A<|end|>]",
+    ),
+    "a preamble without its call": (
+        (user("q"), said("commentary", "C"), user("r"), said("final", "F")),
+        (),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|channel|>commentary<|message|>C<|end|>]\n"
+        "<|start|>user<|message|>r<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>F<|return|>]",
+    ),
+    "an answer without a channel": (
+        (user("q"), Message("assistant", "F"), user("r"), said("final", "G")),
+        (),
+        "<|start|>user<|message|>q<|end|>\n"
+        "<|start|>assistant[<|message|>F]<|end|>\n"
+        "<|start|>user<|message|>r<|end|>\n"
+        "<|start|>assistant[<|channel|>final<|message|>G<|return|>]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", END_OF_ANSWERS)
+def test_the_end_of_an_answer_is_learnt_where_the_model_writes_it(case, compact):
+    messages, weights, golden = END_OF_ANSWERS[case]
+
+    assert marked(Conversation(messages, weights), "assistant", compact) == golden
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_mask_learns_the_end_that_history_gives_an_answer(mask, compact):
+    final = [compact.specials["<|channel|>"], *compact.encode("final")]
+    end, seen = compact.specials["<|end|>"], 0
+
+    for case in ALL[::3]:
+        whole = conversation_of(case)
+        row = tokenize(whole, tokenizer=compact, settings=case.settings, mask=mask)
+
+        tokens = row.tokens.tolist()
+        ends = [at for at, token in enumerate(tokens) if token == end]
+        for before, at in itertools.pairwise([-1, *ends]):
+            message = tokens[before + 1 : at]
+            if any(message[i : i + len(final)] == final for i in range(len(message))):
+                seen += 1
+                assert row.weights[at] == 0
+    assert seen > 10
 
 
 def test_each_turn_is_expanded_to_a_row_that_learns_it_alone(compact):
