@@ -107,17 +107,15 @@ class Data:
         from gptoss_jax.training.check import check
         from gptoss_jax.training.tally import TokenOptions
 
-        tokens = None
         options = self.checking
-        if not options.no_tokens:
-            tokens = TokenOptions(
-                tokenizer=self.tokenizer(),
-                settings=self.settings(),
-                mask=self.mask,
-                length=options.length,
-                rows=options.rows,
-                expand_turns=options.expand_turns,
-            )
+        tokens = TokenOptions(
+            tokenizer=None if options.no_tokens else self.tokenizer(),
+            settings=self.settings(),
+            mask=self.mask,
+            length=options.length,
+            rows=options.rows,
+            expand_turns=options.expand_turns,
+        )
         report = check(self.paths, profile=options.profile, tokens=tokens)
         if self.output.json:
             print_json(report.as_json())

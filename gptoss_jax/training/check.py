@@ -6,16 +6,18 @@ meant. `profiles.py` has the rules, `tally.py` counts; `gptoss data check` print
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.training.formats import Format, RowProblems, conversation_of, recognise
+from gptoss_jax.training.made_rows import MadeRows
 from gptoss_jax.training.profiles import PROFILES, Fault, Harmony
 from gptoss_jax.training.sources import (
     SourceRow,
     expand,
-    is_function,
+    nothing_at,
     parquet_header,
     read_file,
     size_of,
@@ -82,26 +84,31 @@ class Report:
 
 
 def check(
-    paths: str | Iterable[str],
+    paths: str | os.PathLike | Iterable[str | os.PathLike],
     *,
     profile: str = "harmony",
     tokens: TokenOptions | None = None,
 ) -> Report:
-    """Read all files of `paths` and report everything at once; without `tokens` none are counted.
+    """Read all files of `paths` and report everything at once.
 
-    A path without a file is an error of the report, too.
+    `tokens` say what is learnt of a row; without them, or a tokenizer in them, none are counted. A
+    path without a file is an error of the report, too. As "harmony", what `load_rows` refuses with
+    the same options is an error, and nothing else is.
     """
     if profile not in PROFILES:
         known = ", ".join(PROFILES)
         raise ValueError(f"profile: expected one of {known}, got {profile!r}; choose one")
-    run = _Run(Tally(tokens))
-    for path in [paths] if isinstance(paths, str) else map(str, paths):
+    run = _Run(Tally(tokens or TokenOptions()))
+    several = [paths] if isinstance(paths, str | os.PathLike) else paths
+    names = [os.fspath(path) for path in several]
+    for path in names:
         files = expand(path)
         if not files:
-            text = "expected a file of rows, got none; check the path"
-            run.add(path, None, [Fault("found", "", text)])
+            run.add(path, None, [Fault("found", "", nothing_at(path))])
         for file in files:
             run.read(file, PROFILES[profile]())
+    if PROFILES[profile].min_rows == 0:
+        run.whole(", ".join(names))
     return run.report(profile)
 
 
@@ -129,19 +136,36 @@ class _Run:
 
     def read(self, path: str, rules: Harmony) -> None:
         """Check one file."""
-        facts: dict[str, Any] = {"path": path, "bytes": size_of(path), "rows": 0, "errors": 0}
+        facts: dict[str, Any] = {"path": path, "bytes": 0, "rows": 0, "errors": 0}
         self._files.append(facts)
+        try:
+            facts["bytes"] = size_of(path)
+        except ValueError as error:  # there is no such function
+            facts["errors"] += self.add(
+                path, None, [Fault("unreadable", "", _without(path, error))]
+            )
+            return
         faults = list(_file_faults(path, facts["bytes"], rules))
-        if not faults and path.endswith(".parquet") and not rules.reads_parquet:
+        if any(not fault.is_warning for fault in faults):
+            pass
+        elif path.endswith(".parquet") and not rules.reads_parquet:
             facts["rows"], faults = _header_faults(path, rules)
-        elif not faults:
+        else:
             for row in read_file(path):
                 facts["rows"] += 1
                 facts["errors"] += self._row(row, rules)
-        if not faults and facts["rows"] < rules.min_rows:
+        if not faults and facts["rows"] < rules.min_rows:  # none is needed of each where all count
             text = f"expected at least {rules.min_rows} rows, got {facts['rows']}; add some"
             faults = [Fault("has_min_samples", "", text)]
         facts["errors"] += self.add(path, None, faults)
+
+    def whole(self, paths: str) -> None:
+        """Note it if there is nothing to train on in all files, which are right by themselves."""
+        if self._tally.kept or any(severity == "error" for severity, _ in self._kinds):
+            return
+        rows = sum(facts["rows"] for facts in self._files)
+        text = f"expected rows to train on, got {rows} rows and nothing to learn; add some"
+        self.add(paths, None, [Fault("nothing_at_all", "", text)])
 
     def report(self, profile: str) -> Report:
         kinds: dict[Severity, dict[str, int]] = {"error": {}, "warning": {}}
@@ -185,15 +209,21 @@ class _Run:
 
 
 def _file_faults(path: str, size: int, rules: Harmony) -> Iterator[Fault]:
-    made_here = is_function(path) and rules.reads_functions
-    if not (path.endswith(rules.suffixes) or made_here):
+    made = isinstance(path, MadeRows)
+    if not (rules.reads_functions if made else path.endswith(rules.suffixes)):
         known = ", ".join(rules.suffixes)
         yield Fault("filetype", "", f"expected {known}, got another kind of file; convert it")
     if size == 0:
-        yield Fault("file_size", "", "expected rows, got an empty file; write some")
+        text = "expected rows, got an empty file; write some"
+        yield Fault("file_size", "", text, rules.min_rows == 0)
     if rules.max_bytes is not None and size > rules.max_bytes:
         most = f"{rules.max_bytes / 2**30:.1f} GiB"
         yield Fault("file_size", "", f"expected at most {most}, got {size / 2**30:.1f}; split it")
+
+
+def _without(path: str, error: Exception) -> str:
+    """What an error says of a path, which is named beside it."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _header_faults(path: str, rules: Harmony) -> tuple[int, list[Fault]]:

@@ -8,7 +8,9 @@ read, `masks.py` tokenizes, `packing.py`, `documents.py` and `shared.py` make ba
 
 import collections
 import dataclasses
+import datetime
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -16,8 +18,17 @@ import numpy as np
 
 from gptoss_jax.harmony import SystemSettings, Tokenizer
 from gptoss_jax.training import masks
-from gptoss_jax.training.documents import Batches, Counts, Documents, PackedRows
-from gptoss_jax.training.formats import RowProblems, conversation_of
+from gptoss_jax.training.documents import (
+    Batches,
+    Counts,
+    Documents,
+    PackedRows,
+    Report,
+    Rows,
+    report_on,
+)
+from gptoss_jax.training.formats import RowProblems, conversation_of, recognise
+from gptoss_jax.training.made_rows import MadeRows
 from gptoss_jax.training.packing import RowOrder
 from gptoss_jax.training.shared import SharedRows, shared_length
 from gptoss_jax.training.sources import SourceRow, read_rows
@@ -30,10 +41,15 @@ _NOT_ORDER = ("train", "eval", "epochs")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which rows there are, what is learnt of them, and how they become batches."""
+    """Which rows there are, what is learnt of them, and how they become batches.
 
-    train: tuple[str, ...]  # files, folders, globs or URLs
-    eval: tuple[str, ...] = ()  # held out
+    `train` and `eval` are files, folders, globs, URLs or `module:function`, one or a list of them.
+    From Python they may also be rows (a list of dictionaries), a function that makes rows, or a
+    list of these. They become a tuple of text, in which rows have a name.
+    """
+
+    train: Any
+    eval: Any = ()  # held out
     length: int = 2048  # tokens of a packed row
     rows: int = 8  # packed rows of a step, on all devices together
     mask: masks.Mask = "assistant"  # what is learnt: see masks.tokenize
@@ -46,18 +62,23 @@ class DataOptions:
     shuffle: bool = True  # anew in each epoch
     seed: int = 0  # of the order
     epochs: int | None = None  # None: until the run has its steps
-    # The system message; a row's own effort goes before this one.
+    # The system message; a row's own effort goes before this one. An empty text leaves a line out.
     effort: str = "medium"
-    date: str | None = None  # YYYY-MM-DD; None leaves the line out
+    date: str | datetime.date | None = None  # YYYY-MM-DD; None leaves the line out
     knowledge_cutoff: str | None = SystemSettings.knowledge_cutoff
     identity: str | None = SystemSettings.identity
     builtin_tools: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name, value in self._in_one_form().items():
+            object.__setattr__(self, name, value)
         problems = [
             f"{name}: expected {expected}, got {getattr(self, name)!r}"
             for name, expected, right in (
-                ("train", "at least one path", bool(self.train)),
+                ("train", "paths, rows or functions", all(map(_is_source, self.train))),
+                ("train", "at least one path, or rows", bool(self.train)),
+                ("eval", "paths, rows or functions", all(map(_is_source, self.eval))),
+                ("builtin_tools", "names", all(isinstance(t, str) for t in self.builtin_tools)),
                 ("length", "at least 2 tokens", self.length >= 2),
                 ("rows", "at least 1", self.rows >= 1),
                 ("mask", " or ".join(masks.MASKS), self.mask in masks.MASKS),
@@ -74,15 +95,49 @@ class DataOptions:
         if problems:
             raise ValueError("; ".join(problems))
 
+    def _in_one_form(self) -> dict[str, Any]:
+        """What may be given in more than one."""
+        date, tools = self.date, self.builtin_tools
+        return {
+            "train": _as_sources(self.train),
+            "eval": _as_sources(self.eval),
+            "date": date.isoformat() if isinstance(date, datetime.date) else date or None,
+            "knowledge_cutoff": self.knowledge_cutoff or None,
+            "identity": self.identity or None,
+            "builtin_tools": (tools,) if isinstance(tools, str) else tuple(tools),
+        }
+
     def settings(self) -> SystemSettings:
         """What the system message of every row says."""
         return SystemSettings(
             reasoning_effort=self.effort,
-            current_date=self.date,
+            current_date=None if self.date is None else str(self.date),
             knowledge_cutoff=self.knowledge_cutoff,
             identity=self.identity,
             builtin_tools=self.builtin_tools,
         )
+
+
+def _as_sources(given: Any) -> tuple[Any, ...]:
+    """Paths as text and rows by a name, of "a.jsonl", [{"messages": ...}] or [Path("a"), rows]."""
+    if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
+        return (_as_source(given),)
+    if not isinstance(given, Sequence) or (given and isinstance(given[0], Mapping)):
+        return (MadeRows.of(given),)
+    return tuple(map(_as_source, given))
+
+
+def _as_source(one: Any) -> Any:
+    if isinstance(one, str):
+        return one
+    if isinstance(one, os.PathLike):
+        return os.fspath(one)
+    is_rows = isinstance(one, Iterable) and not isinstance(one, Mapping)
+    return MadeRows.of(one) if callable(one) or is_rows else one
+
+
+def _is_source(one: Any) -> bool:
+    return isinstance(one, str)
 
 
 def load_rows(
@@ -100,7 +155,9 @@ def load_rows(
     problems: list[str] = []
     kept: list[masks.TokenRow] = []
     tally: collections.Counter[str] = collections.Counter()
+    unused: collections.Counter[str] = collections.Counter()
     for source in read(paths):
+        unused.update(_unused(source))
         for row in _token_rows(source, options, tokenizer, problems):
             fate = _fate(row, options)
             tally.update(["read", fate, *["with_specials"] * (row.specials > 0)])
@@ -108,7 +165,8 @@ def load_rows(
                 problems.append(_excess(source, len(row.tokens), options.length))
             elif fate in ("kept", "truncated"):
                 kept.append(_cut(row, options.length))
-    counts = Counts(**{field.name: tally[field.name] for field in dataclasses.fields(Counts)})
+    names = [field.name for field in dataclasses.fields(Counts) if field.name != "unused"]
+    counts = Counts(**{name: tally[name] for name in names}, unused=dict(sorted(unused.items())))
     _raise(problems)
     _check_any(kept, counts, paths, options)
     documents = Documents(
@@ -120,6 +178,11 @@ def load_rows(
     if options.share_beginning:
         shared_length(documents)  # the error now, not when a run first evaluates
     return documents
+
+
+def _unused(source: SourceRow) -> tuple[str, ...]:
+    """Columns that a row's format has no use for."""
+    return () if source.fields is None else recognise(source.fields)[1]
 
 
 def _token_rows(
@@ -178,13 +241,19 @@ def _raise(problems: Sequence[str]) -> None:
 def _check_any(
     kept: Sequence[masks.TokenRow], counts: Counts, paths: Sequence[str], options: DataOptions
 ) -> None:
-    if not kept:
-        raise ValueError(
-            f"{', '.join(paths)}: expected rows to train on, got {counts.read} rows, of them "
-            f"{counts.too_long} longer than length={options.length} tokens and "
-            f"{counts.nothing_to_train} with nothing to train under mask={options.mask!r}; raise "
-            "length or choose another mask"
-        )
+    if kept:
+        return
+    where = f"{', '.join(map(str, paths))}: expected rows to train on, got"
+    if not counts.read:
+        raise ValueError(f"{where} none: there is no row in them; check the path")
+    advice = ["raise length"] * bool(counts.too_long)
+    if counts.nothing_to_train:
+        advice.append("choose another mask, or give the assistant's messages weight")
+    raise ValueError(
+        f"{where} {counts.read} rows, of them {counts.too_long} longer than "
+        f"length={options.length} tokens and {counts.nothing_to_train} with nothing to train under "
+        f"mask={options.mask!r}; {' or '.join(advice)}"
+    )
 
 
 def batches(
@@ -207,6 +276,11 @@ def one_pass(
     return _batches(documents, options, here, seed=None, epochs=1)
 
 
+def report_of(documents: Documents, options: DataOptions) -> Report:
+    """Documents in numbers, as they are where each is seen once, in the order of the files."""
+    return report_on(_rows(documents, options, None, seed=None, epochs=1))
+
+
 def _batches(
     documents: Documents,
     options: DataOptions,
@@ -215,6 +289,17 @@ def _batches(
     seed: int | None,
     epochs: int | None,
 ) -> Batches:
+    return Batches(_rows(documents, options, here, seed=seed, epochs=epochs), epochs)
+
+
+def _rows(
+    documents: Documents,
+    options: DataOptions,
+    here: Sequence[int] | None,
+    *,
+    seed: int | None,
+    epochs: int | None,
+) -> Rows:
     order = RowOrder(
         documents.lengths,
         capacity=options.length,
@@ -223,9 +308,9 @@ def _batches(
         epochs=epochs,
     )
     if options.share_beginning:
-        return Batches(SharedRows(documents, order, num_rows=options.rows))
+        return SharedRows(documents, order, num_rows=options.rows)
     here = range(options.rows) if here is None else here
-    return Batches(PackedRows(documents, order, num_rows=options.rows, here=here))
+    return PackedRows(documents, order, num_rows=options.rows, here=here)
 
 
 def order_fields(options: DataOptions) -> dict[str, Any]:

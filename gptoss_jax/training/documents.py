@@ -31,6 +31,8 @@ class Counts:
     truncated: int = 0  # kept without their end, and so without the end of their last answer
     nothing_to_train: int = 0  # left out
     with_specials: int = 0  # rows whose text spells special tokens, which is learnt as text
+    # Columns that are left out, as their rows' format has no use for them, and of how many rows.
+    unused: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +86,11 @@ class Report:
             (counts.truncated, "truncated: their final answers are cut off"),
             (counts.with_specials, "spell special tokens, which are learnt as plain text"),
         )
-        return "\n".join(lines + [f"{number} rows {what}" for number, what in notes if number])
+        lines += [f"{number} rows {what}" for number, what in notes if number]
+        if counts.unused:
+            columns = ", ".join(f"{name} ({rows} rows)" for name, rows in counts.unused.items())
+            lines.append(f"left out: columns that these formats do not have: {columns}")
+        return "\n".join(lines)
 
 
 @runtime_checkable
@@ -120,12 +126,12 @@ class Batches(Iterator[Batch | PrefixedBatch]):
     `get_state` is JSON and says which batch is next, whatever the processes and devices.
     """
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows, epochs: int | None):
         grain = _grain()
         dataset = grain.MapDataset.source(rows).batch(rows.num_rows, batch_fn=rows.side_by_side)
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
         self._batches = iter(dataset.to_iter_dataset(ahead))
-        self._rows = rows
+        self._rows, self._epochs = rows, epochs
 
     def __next__(self) -> Batch | PrefixedBatch:
         return self._rows.kind(**next(self._batches))
@@ -156,19 +162,29 @@ class Batches(Iterator[Batch | PrefixedBatch]):
             sums.update(np.ascontiguousarray(array).data)
         return sums.hexdigest()
 
+    @property
+    def steps(self) -> int | None:
+        """How many batches all epochs together have; None where there is no end of them."""
+        return None if self._epochs is None else -(-len(self._rows) // self._rows.num_rows)
+
     @functools.cached_property
     def report(self) -> Report:
-        documents, num_rows = self._rows.documents, len(self._rows.order.epoch(0))
-        return Report(
-            documents=len(documents),
-            tokens=len(documents.tokens),
-            trained_tokens=int(np.count_nonzero(documents.weights)),
-            packed_rows=num_rows,
-            fill=self._rows.fill(),
-            steps_per_epoch=num_rows / self._rows.num_rows,
-            counts=documents.counts,
-            shared=self._rows.shared,
-        )
+        return report_on(self._rows)
+
+
+def report_on(rows: Rows) -> Report:
+    """The documents of these rows in numbers."""
+    documents, num_rows = rows.documents, len(rows.order.epoch(0))
+    return Report(
+        documents=len(documents),
+        tokens=len(documents.tokens),
+        trained_tokens=int(np.count_nonzero(documents.weights)),
+        packed_rows=num_rows,
+        fill=rows.fill(),
+        steps_per_epoch=num_rows / rows.num_rows,
+        counts=documents.counts,
+        shared=rows.shared,
+    )
 
 
 def rows_here(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:

@@ -7,6 +7,7 @@ its JSON path and what to do. Knows no files (`sources.py`) and no tokens (`mask
 
 import functools
 import json
+import marshal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from gptoss_jax.harmony.from_openai import (
 )
 from gptoss_jax.harmony.messages import EFFORTS, Message
 from gptoss_jax.harmony.tools import FunctionTool, call_names
+from gptoss_jax.training.channels import message_of_channel, names_channel
 from gptoss_jax.training.conversations import Conversation
 from gptoss_jax.training.sharegpt import messages_of_turns
 
@@ -49,6 +51,10 @@ class Format(NamedTuple):
 
 
 Located = list[tuple[str, Any]]  # JSON messages of the OpenAI shape, each with its path
+ToolsAndProblems = tuple[tuple[FunctionTool, ...], tuple[Problem, ...]]
+MAX_TOOLS = 64  # values of a tools column that are kept
+_TOOLS: dict[tuple[str, bytes], ToolsAndProblems] = {}
+_write_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def conversation_of(fields: Mapping[str, Any]) -> Conversation:
@@ -109,11 +115,12 @@ def _messages(
     called: dict[str, str] = {}  # of the calls so far, by their ids
     offered = call_names(tools)
     for where, raw in located:
-        weight = 1.0
+        weight, convert = 1.0, convert_message
         if type(raw) is dict and raw.keys() != _ROLE_AND_CONTENT:
             weight = _weight(where, raw, problems)
             raw = _as_openai(where, raw, problems)
-        for message in convert_message(where, raw, called, problems, offered):
+            convert = message_of_channel if names_channel(raw) else convert_message
+        for message in convert(where, raw, called, problems, offered):
             messages.append(message)
             weights.append(weight if message.role == "assistant" else 0.0)
     return tuple(messages), tuple(weights)
@@ -139,20 +146,29 @@ def _as_openai(where: str, raw: Mapping, problems: list[Problem]) -> dict[str, A
         reasoning = reasoning_of(where, raw, problems, _THINKING)
         fields |= {"reasoning": reasoning, "reasoning_content": None}
         fields.pop("thinking", None)
-    call = fields.pop("function_call", None)
-    if call is not None and raw.get("role") == "assistant":
-        fields["tool_calls"] = [*(raw.get("tool_calls") or []), {"function": call}]
-    if isinstance(fields.get("tool_calls"), list):
-        fields["tool_calls"] = [_with_text_arguments(call) for call in fields["tool_calls"]]
+    calls = raw.get("tool_calls") or []
+    if raw.get("role") == "assistant" and isinstance(calls, list):
+        call = fields.pop("function_call", None)
+        calls = calls if call is None else [*calls, {"function": call}]
+        fields["tool_calls"] = [
+            _with_text_arguments(f"{where}.tool_calls[{index}]", call, problems)
+            for index, call in enumerate(calls)
+        ]
     return fields
 
 
-def _with_text_arguments(call: Any) -> Any:
+def _with_text_arguments(where: str, call: Any, problems: list[Problem]) -> Any:
     """A call whose arguments are JSON text, as they are where they were text already."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), dict):
         return call
-    text = json.dumps(function["arguments"], ensure_ascii=False)
+    try:
+        text = _write_json(function["arguments"])
+    except (TypeError, ValueError, RecursionError) as error:
+        expected, advice = f"JSON values ({error})", "JSON has no NaN, Infinity and bytes"
+        at = f"{where}.function.arguments"
+        problems.append(problem(at, expected, function["arguments"], advice))
+        text = ""
     return {**call, "function": {**function, "arguments": text}}
 
 
@@ -164,19 +180,29 @@ def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> tuple[Function
     if len(columns) > 1:
         functions = fields["functions"]
         problems.append(problem("functions", "none beside tools", functions, "keep tools alone"))
-    value = fields[columns[0]]
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    tools, wrong = _tools_of(columns[0], text)
+    tools, wrong = _known_tools(columns[0], fields[columns[0]])
     problems += wrong
     return tools
 
 
-@functools.lru_cache(maxsize=64)  # most rows of a dataset have the same tools
-def _tools_of(column: str, text: str) -> tuple[tuple[FunctionTool, ...], tuple[Problem, ...]]:
+def _known_tools(column: str, value: Any) -> ToolsAndProblems:
+    """The same object for the same value: most rows of a dataset have the same tools."""
     try:
-        tools = json.loads(text)
-    except ValueError:
-        tools = text
+        key = column, marshal.dumps(value, 2)  # bytes that are the same for the same values
+    except ValueError:  # something in it is no value of JSON's
+        return _tools_of(column, value)
+    if key not in _TOOLS:
+        if len(_TOOLS) >= MAX_TOOLS:
+            _TOOLS.pop(next(iter(_TOOLS)), None)
+        _TOOLS[key] = _tools_of(column, value)
+    return _TOOLS[key]
+
+
+def _tools_of(column: str, value: Any) -> ToolsAndProblems:
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        tools = value
     problems: list[Problem] = []
     if not isinstance(tools, list):
         wrong = problem(column, "a list of tools, or JSON of one", tools, "write a list")
@@ -210,17 +236,35 @@ def _text(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> st
     return text
 
 
+def _turns(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> Located:
+    """A column of turns, with role and content or, as ShareGPT has them, with from and value."""
+    turns = _list_of_messages(fields, column, problems)
+    if any(isinstance(turn, dict) and "from" in turn and "role" not in turn for _, turn in turns):
+        return list(messages_of_turns(turns, problems))
+    return turns
+
+
 def _openai(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
-    return _list_of_messages(fields, "messages", problems)
+    return _turns(fields, "messages", problems)
 
 
 def _list_of_messages(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> Located:
-    messages = fields[column]
+    messages = _from_text(fields[column])
     if not isinstance(messages, list) or not messages:
         expected = "a list of at least one message"
         problems.append(problem(column, expected, messages, 'a message is {"role", "content"}'))
         return []
     return [(f"{column}[{index}]", raw) for index, raw in enumerate(messages)]
+
+
+def _from_text(value: Any) -> Any:
+    """A list that is written as JSON text, as a table of text columns has it."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _multilingual(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
@@ -275,8 +319,7 @@ def _prompt_completion(fields: Mapping[str, Any], problems: list[Problem]) -> Lo
 
 def _sharegpt(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
     column = "conversations" if fields.get("conversations") is not None else "conversation"
-    turns = _list_of_messages(fields, column, problems)
-    return [*_system_of(fields, problems), *messages_of_turns(turns, problems)]
+    return [*_system_of(fields, problems), *_turns(fields, column, problems)]
 
 
 _NO_COLUMNS: frozenset[str] = frozenset()

@@ -32,7 +32,7 @@ class Harmony:
 
     suffixes: tuple[str, ...] = SUFFIXES
     max_bytes: int | None = None
-    min_rows = 1
+    min_rows = 0  # of a file; 0: all files together have some
     reads_functions = True  # of Python, which make rows
     reads_parquet = True  # row by row, not its columns alone
 
@@ -109,6 +109,7 @@ class Together(Harmony):
 
     suffixes = (".jsonl", ".parquet")
     max_bytes = int(50.1 * 2**30)
+    min_rows = 1
     reads_functions = reads_parquet = False
     FORMATS = {
         "text": ("text",),

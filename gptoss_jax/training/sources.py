@@ -2,16 +2,14 @@
 """Files of a dataset -> rows of JSON values, each with where it stands.
 
 JSONL (plain, gzip or zstd), JSON and Parquet; files, folders and globs, local or at an fsspec URL;
-and `module:function`, Python that makes rows, as if what it makes had been written to a JSONL file.
+and Python that makes rows (`made_rows.py`), as if what it makes had been written to a JSONL file.
 What cannot be read is a row with an error, so that a check sees everything at once. What the fields
 mean is for `formats.py`.
 """
 
-import functools
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -20,10 +18,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from gptoss_jax.training.json_values import json_value
+from gptoss_jax.training.made_rows import MadeRows, is_function
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 _KNOWN = ", ".join(SUFFIXES[:-1]) + " or " + SUFFIXES[-1]
 _SPACE = re.compile(r"[ \t\r\n]*")
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _ROWS_AT_ONCE = 256  # of Parquet, turned into Python values together
 
 
@@ -49,6 +49,9 @@ def read_rows(paths: str | Iterable[str]) -> Iterator[SourceRow]:
 
 def read_file(path: str) -> Iterator[SourceRow]:
     """The rows of one file."""
+    if isinstance(path, MadeRows):
+        yield from _made_rows(path)
+        return
     with open_file(path) as file:
         if path.endswith(".parquet"):
             yield from _parquet_rows(path, file)
@@ -67,16 +70,16 @@ def digest(paths: str | Iterable[str]) -> str:
     return whole.hexdigest()
 
 
-def files_of(paths: str | Iterable[str]) -> list[str]:
+def files_of(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
     """The files that `paths` name; one ValueError lists every path that names none."""
-    paths = [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths]
+    several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: list[str] = []
-    problems = [] if paths else ["paths: expected at least one, got none; name a file or a folder"]
-    for path in paths:
+    problems = [] if several else ["paths: expected at least one, got none; name a file or folder"]
+    for path in map(os.fspath, several):
         found = expand(path)
-        unknown = [file for file in found if not (file.endswith(SUFFIXES) or is_function(file))]
+        unknown = [file for file in found if not is_known(file)]
         if not found:
-            problems.append(f"{path}: expected a file of rows, got none; check the path")
+            problems.append(f"{path}: {nothing_at(path)}")
         problems += [f"{file}: expected {_KNOWN}, got another kind of file" for file in unknown]
         files += found
     if problems:
@@ -84,23 +87,45 @@ def files_of(paths: str | Iterable[str]) -> list[str]:
     return files
 
 
-def is_function(path: str) -> bool:
-    """Whether a path is no file, but Python that makes rows."""
-    return bool(_FUNCTION.fullmatch(path)) and not os.path.exists(path)
+def is_known(path: str) -> bool:
+    """Whether its rows can be read, by its name."""
+    return isinstance(path, MadeRows) or path.endswith(SUFFIXES)
 
 
 def expand(path: str) -> list[str]:
-    """The files that one path names: itself, what a glob matches, or a folder's known files."""
+    """The files that one path names: itself, what a glob matches, or a folder's known files.
+
+    Python that makes rows is asked for them once, whatever is then read of the file that it is.
+    """
+    if isinstance(path, MadeRows):
+        return [path.anew()]
+    path = os.path.expanduser(path)
     if is_function(path):
-        return [path]
+        return [MadeRows.of_function(path)]
     found = _expand_url(path) if "://" in path else _expand_local(path)
     return sorted(found)
 
 
+def nothing_at(path: str) -> str:
+    """What to say of a path that names no file of rows."""
+    folder = os.path.expanduser(path)
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if any(name.endswith(".arrow") for name in names):
+        return (
+            "expected a file of rows, got a folder of Arrow files, as datasets' save_to_disk makes "
+            "it; write Parquet instead, with to_parquet"
+        )
+    for name in names:
+        if os.path.isdir(os.path.join(folder, name)) and _expand_local(os.path.join(folder, name)):
+            inside = os.path.join(path, name)
+            return f"expected a file of rows, got a folder that has some in {inside}; name that"
+    return "expected a file of rows, got none; check the path"
+
+
 def open_file(path: str) -> Any:
     """A binary file, as it is stored; a plain path is never looked for on a network."""
-    if is_function(path):
-        return io.BytesIO(_made_by(path))
+    if isinstance(path, MadeRows):
+        return io.BytesIO(path.content)
     if "://" not in path:
         return open(path, "rb")
     return _fsspec().open(path, "rb").open()
@@ -108,26 +133,12 @@ def open_file(path: str) -> Any:
 
 def size_of(path: str) -> int:
     """Bytes of a file as it is stored."""
-    if is_function(path):
-        return len(_made_by(path))
+    if isinstance(path, MadeRows):
+        return len(path.content)
     if "://" not in path:
         return os.stat(path).st_size
     system, inner = _fsspec().core.url_to_fs(path)
     return system.size(inner)
-
-
-@functools.lru_cache(maxsize=2)
-def _made_by(target: str) -> bytes:
-    """The rows of a function, as JSONL; ValueError if it cannot be found."""
-    module, _, name = target.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{target}: expected a file of rows, or a function that makes rows, got neither "
-            f"({error}); start where its module is, or set PYTHONPATH"
-        ) from error
-    return b"".join(json.dumps(row).encode() + b"\n" for row in function())
 
 
 def parquet_header(path: str) -> tuple[list[str], int]:
@@ -144,6 +155,8 @@ def parquet_header(path: str) -> tuple[list[str], int]:
 def _expand_local(path: str) -> list[str]:
     if os.path.isdir(path):
         files = [os.path.join(path, name) for name in os.listdir(path)]
+        if any(file.endswith(".arrow") for file in files):
+            return []  # the .json beside them are about them
         return [file for file in files if os.path.isfile(file) and file.endswith(SUFFIXES)]
     if os.path.isfile(path):
         return [path]
@@ -182,6 +195,12 @@ def _pyarrow(wanted_for: str) -> Any:
             "'gptoss-jax[train]'`"
         ) from error
     return pyarrow
+
+
+def _made_rows(path: MadeRows) -> Iterator[SourceRow]:
+    for row in _jsonl_rows(path, io.BytesIO(path.content)):
+        wrong = path.errors.get(row.line)
+        yield row if wrong is None else row._replace(fields=None, error=wrong)
 
 
 def _jsonl_rows(path: str, file: Any) -> Iterator[SourceRow]:
@@ -274,7 +293,7 @@ class _Zstd(io.RawIOBase):
 
 
 def _json_rows(path: str, file: Any) -> Iterator[SourceRow]:
-    """The objects of a list one by one, or the one object that the file is."""
+    """The objects of a list one by one, or those that stand one after the other, as in JSONL."""
     with _text(file) as whole:
         text = whole.read()
     if not text.isascii() and _encoding_error(text):
@@ -303,6 +322,8 @@ def _json_rows(path: str, file: Any) -> Iterator[SourceRow]:
         if is_list and following == ",":
             place = _skip_space(text, place + 1)
             continue
+        if not is_list and following == "{":
+            continue
         if (is_list and following != "]") or text[place + is_list :].strip():
             line += text.count("\n", counted, place)
             yield SourceRow(path, line, None, _after_the_end(is_list))
@@ -317,7 +338,7 @@ def _skip_space(text: str, place: int) -> int:
 def _after_the_end(is_list: bool) -> str:
     if is_list:
         return "expected `,` or the end of the list, got something else; correct the file here"
-    return "expected one object or a list, got more behind an object; is this a .jsonl file?"
+    return "expected an object, a list of them or one a line, got something else; correct it here"
 
 
 def _parquet_rows(path: str, file: Any) -> Iterator[SourceRow]:
@@ -325,20 +346,30 @@ def _parquet_rows(path: str, file: Any) -> Iterator[SourceRow]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE):
-            for fields in batch.to_pylist():
+            for row in _values(batch):
                 number += 1
-                yield SourceRow(path, number, _without_nulls(fields))
+                if isinstance(row, dict):
+                    yield SourceRow(path, number, row)
+                else:
+                    yield SourceRow(path, number, None, row)
     except (pyarrow.ArrowException, OSError) as error:
         yield SourceRow(path, number + 1, None, _not_parquet(error))
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch, each as JSON values or as what is wrong with it."""
+    try:
+        for fields in batch.to_pylist():
+            yield json_value(fields)
+        return
+    except (ValueError, OverflowError) as error:  # a date that Python does not have, say
+        if len(batch) == 1:
+            yield f"expected values that Python has, got {str(error)!r}; correct or leave it out"
+            return
+    for index in range(len(batch)):
+        yield from _values(batch.slice(index, 1))
 
 
 def _not_parquet(error: Exception) -> str:
     reason = str(error).partition("\n")[0]
     return f"expected Parquet, got {reason!r}; copy or write the file again"
-
-
-def _without_nulls(value: Any) -> Any:
-    """A struct of Parquet has every field in every row; those that are null were not there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -7,27 +7,28 @@ files and the rules; this file knows neither.
 
 import array
 import dataclasses
-import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from gptoss_jax.harmony import SystemSettings, Tokenizer
-from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
+from gptoss_jax.harmony.system_text import developer_text
+from gptoss_jax.harmony.tools import FunctionTool
 from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.doubts import doubts
 from gptoss_jax.training.masks import Mask, expand_turns, tokenize
 from gptoss_jax.training.packing import first_fit, shuffled
 from gptoss_jax.training.profiles import Fault
 
-_SPECIALS = re.compile("|".join(map(re.escape, HARMONY_SPECIALS)))
+MAX_TOOLS = 64  # lists of tools whose text is kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenOptions:
     """How conversations become tokens, and what these are packed into."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None = None  # None: no tokens are counted
     settings: SystemSettings = dataclasses.field(default_factory=SystemSettings)
     mask: Mask = "assistant"
     length: int = 2048  # tokens of a packed row
@@ -36,14 +37,18 @@ class TokenOptions:
 
 
 class Tally:
-    """Counts so far; without options no tokens are counted."""
+    """Counts so far."""
 
-    def __init__(self, options: TokenOptions | None):
+    def __init__(self, options: TokenOptions):
         self._options = options
+        self._tokenizer = options.tokenizer
+        self._drops = options.mask != "last-turn" and not options.expand_turns
         self._roles: Counter[str] = Counter()
         self._first: dict[int, str] = {}  # a conversation's hash -> where it stands
+        self._tools: dict[int, tuple[tuple[FunctionTool, ...], str, str]] = {}  # by their id
         self._texts = self._repeated = self._with_specials = self._untrained = self._cut = 0
         self._lengths, self._trained = array.array("q"), array.array("q")  # of each conversation
+        self.kept = 0  # documents that there is something to train on, whole
 
     def add(self, conversation: Conversation, where: str) -> list[Fault]:
         """Count one more; what is doubtful about it comes out, and an error if it has no tokens."""
@@ -53,14 +58,18 @@ class Tally:
         if conversation.text is not None:
             self._texts += 1
             contents.append(conversation.text)
-        faults = self._repeats(conversation, contents, where)
-        if any(["<|" in content for content in contents]):
-            faults += self._specials(contents)
-        if "" in contents:
-            faults += _empty_answers(conversation)
-        if self._options is not None:
-            return faults + self._tokens(conversation, self._options)
-        if not conversation.text and not any(conversation.weights):
+        tools, wrong = self._shown(conversation.tools) if conversation.tools else ("", "")
+        faults = self._repeats(conversation, contents, tools, where)
+        for fault in doubts(conversation, contents, drops_reasoning=self._drops):
+            self._with_specials += fault.kind == "special_text"
+            faults.append(fault)
+        if wrong:  # a schema that cannot be shown, say
+            return [*faults, Fault("render", "row", wrong)]
+        if self._tokenizer is not None:
+            return faults + self._tokens(conversation, self._tokenizer)
+        if conversation.text or any(conversation.weights):
+            self.kept += 1
+        else:
             faults.append(self._nothing_to_train())
         return faults
 
@@ -74,15 +83,29 @@ class Tally:
             "rows_with_special_text": self._with_specials,
             "rows_with_nothing_to_train": self._untrained,
         }
-        if self._options is None or not self._lengths:
+        if self._tokenizer is None or not self._lengths:
             return counts
         return counts | self._token_statistics(self._options)
 
-    def _repeats(self, conversation: Conversation, contents: list[str], where: str) -> list[Fault]:
+    def _shown(self, tools: tuple[FunctionTool, ...]) -> tuple[str, str]:
+        """Tools as text that tells them apart, and why a prompt cannot show them."""
+        if id(tools) not in self._tools:
+            try:
+                developer_text(None, tools)
+                wrong = ""
+            except ValueError as error:
+                wrong = str(error)
+            if len(self._tools) >= MAX_TOOLS:
+                del self._tools[next(iter(self._tools))]
+            self._tools[id(tools)] = tools, repr(tools), wrong
+        return self._tools[id(tools)][1:]
+
+    def _repeats(
+        self, conversation: Conversation, contents: list[str], tools: str, where: str
+    ) -> list[Fault]:
         messages = conversation.messages
         channels = [message.channel or message.role for message in messages]
         names = [message.recipient or message.name for message in messages]
-        tools = repr(conversation.tools) if conversation.tools else ""  # schemas have no hash
         said = (*contents, *channels, *names, *conversation.weights, tools, conversation.effort)
         first = self._first.setdefault(hash(said), where)
         if first is where:
@@ -91,47 +114,41 @@ class Tally:
         text = f"says the same as {first}; omit one, or it is learnt twice"
         return [Fault("duplicate", "row", text, True)]
 
-    def _specials(self, contents: list[str]) -> list[Fault]:
-        found = {special for content in contents for special in _SPECIALS.findall(content)}
-        if not found:
-            return []
-        self._with_specials += 1
-        text = f"spells {', '.join(sorted(found))}, which is learnt as plain text; is it meant?"
-        return [Fault("special_text", "row", text, True)]
-
     def _nothing_to_train(self) -> Fault:
         self._untrained += 1
         text = "has nothing to train under this mask and these weights; omit it or give it weight"
         return Fault("nothing_to_train", "row", text, True)
 
-    def _tokens(self, conversation: Conversation, options: TokenOptions) -> list[Fault]:
+    def _tokens(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Fault]:
         try:
-            trained = self._documents(conversation, options)
-        except ValueError as error:  # a tool whose schema the library cannot show, say
+            trained = self._documents(conversation, tokenizer)
+        except ValueError as error:
             return [Fault("render", "row", str(error))]
         faults = [] if trained else [self._nothing_to_train()]
-        count = self._lengths[-1]  # of the longest: later turns hold the earlier ones
-        if count > options.length:
+        count, length = self._lengths[-1], self._options.length  # later turns hold earlier ones
+        if count > length:
             loses = bool(conversation.messages) and conversation.messages[-1].is_answer
             self._cut += loses
             end = "final answer" if loses else "end"
-            text = f"has {count} tokens, {options.length} fit; it is left out or loses its {end}"
+            text = f"has {count} tokens, {length} fit; it is left out or loses its {end}"
             faults.append(Fault("cut_off", "row", text, True))
         return faults
 
-    def _documents(self, conversation: Conversation, options: TokenOptions) -> int:
+    def _documents(self, conversation: Conversation, tokenizer: Tokenizer) -> int:
         """Note the tokens of the row's documents; returns how many are trained."""
+        options, total = self._options, 0
         turns = expand_turns(conversation) if options.expand_turns else [conversation]
         documents = [
-            tokenize(
-                turn, tokenizer=options.tokenizer, settings=options.settings, mask=options.mask
-            )
+            tokenize(turn, tokenizer=tokenizer, settings=options.settings, mask=options.mask)
             for turn in turns
         ]
-        self._lengths.extend(len(document.tokens) for document in documents)
-        trained = [document.trained for document in documents]
-        self._trained.extend(trained)
-        return sum(trained)
+        for document in documents:
+            trained, length = document.trained, len(document.tokens)
+            self._lengths.append(length)
+            self._trained.append(trained)
+            self.kept += bool(trained) and length <= options.length
+            total += trained
+        return total
 
     def _token_statistics(self, options: TokenOptions) -> dict[str, Any]:
         lengths = np.array(self._lengths, np.int64)
@@ -153,14 +170,6 @@ class Tally:
             "expand_turns": options.expand_turns,
             "settings": dataclasses.asdict(options.settings),
         }
-
-
-def _empty_answers(conversation: Conversation) -> list[Fault]:
-    learnt = zip(conversation.messages, conversation.weights, strict=True)
-    if not any(weight and not message.content and message.is_answer for message, weight in learnt):
-        return []
-    text = "has an answer without text, which is learnt, too; give it weight 0 or omit it"
-    return [Fault("empty_answer", "row", text, True)]
 
 
 def _spread(counts: np.ndarray) -> dict[str, int | float]:

@@ -169,7 +169,7 @@ def test_a_damaged_file_is_an_error_and_no_exception(name, damage, tmp_path):
     assert all(row.fields in many or row.error for row in good)
 
 
-def test_json_is_a_list_or_one_object(tmp_path):
+def test_json_is_a_list_or_objects_one_after_the_other(tmp_path):
     def read(text):
         path = tmp_path / "rows.json"
         path.write_text(text)
@@ -201,9 +201,18 @@ def test_json_is_a_list_or_one_object(tmp_path):
         (1, {"a": 1}),
         (2, "expected a JSON object, got the end of the file; copy or wri"),
     ]
-    assert read('{"a": 1}\n{"a": 2}\n') == [
+    assert read('{"a": 1}\n{"a":\n2}\n\n{"a": 3}') == [
         (1, {"a": 1}),
-        (2, "expected one object or a list, got more behind an object; is"),
+        (2, {"a": 2}),
+        (5, {"a": 3}),
+    ]
+    assert read('{"a": 1}\n,{"a": 2}\n') == [
+        (1, {"a": 1}),
+        (2, "expected an object, a list of them or one a line, got someth"),
+    ]
+    assert read('{"a": 1}\n{') == [
+        (1, {"a": 1}),
+        (2, "expected a JSON object, got 'Expecting property name enclosed"[:60]),
     ]
 
 
