@@ -7,12 +7,11 @@ Knows no tokens and no files: `tally.py` asks for each row of `gptoss data check
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NoReturn
 
 from gptoss_jax.harmony.messages import FUNCTIONS
 from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
-from gptoss_jax.harmony.tools import call_names
 from gptoss_jax.training.conversations import Conversation
 from gptoss_jax.training.profiles import Fault
 
@@ -21,12 +20,17 @@ _THINKS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 
 
 def doubts(
-    conversation: Conversation, contents: Sequence[str], *, drops_reasoning: bool
+    conversation: Conversation,
+    contents: Sequence[str],
+    offered: Collection[str],
+    *,
+    drops_reasoning: bool,
 ) -> Iterator[Fault]:
     """Warnings, one of a kind.
 
-    `contents` are the texts of the messages, or the plain text. `drops_reasoning` says that several
-    turns are learnt as one row, in which reasoning before the last is left out.
+    `contents` are the texts of the messages, or the plain text; `offered` is what calls may name.
+    `drops_reasoning` says that several turns are learnt as one row, in which reasoning before the
+    last is left out.
     """
     messages = conversation.messages
     if any(["<" in content for content in contents]):
@@ -36,17 +40,17 @@ def doubts(
         return
     if "" in contents:
         yield from _empty_answers(conversation)
-    roles = [message.role for message in messages]
-    if roles[-1] != "assistant":
-        text = f"ends with {_ENDS[roles[-1]]}, after which nothing is learnt; add the answer"
-        yield _warning("ends_unanswered", f"{text}, or omit it")
-    if ("assistant", "assistant") in itertools.pairwise(roles):
-        yield from _answers_in_a_row(conversation)
-    channels = {message.channel for message in messages}
+    if messages[-1].role != "assistant":
+        text = f"ends with {_ENDS[messages[-1].role]}, after which nothing is learnt"
+        yield _warning("ends_unanswered", f"{text}; add the answer, or omit it")
+    channels = [message.channel for message in messages]
+    if ("final", "final") in itertools.pairwise(channels):
+        text = "has an answer right after an answer, where the model has stopped; join the two"
+        yield _warning("answers_in_a_row", text)
     if "commentary" in channels:
-        yield from _calls(conversation)
+        yield from _calls(conversation, offered)
     if drops_reasoning and "analysis" in channels:
-        yield from _dropped_reasoning(conversation)
+        yield from _dropped_reasoning(conversation, channels)
 
 
 _ENDS = {
@@ -84,42 +88,30 @@ def _empty_answers(conversation: Conversation) -> Iterator[Fault]:
         yield _warning("empty_answer", text)
 
 
-def _answers_in_a_row(conversation: Conversation) -> Iterator[Fault]:
-    answers = [message.is_answer for message in conversation.messages]
-    if (True, True) in itertools.pairwise(answers):
-        text = "has an answer right after an answer, where the model has stopped; join the two"
-        yield _warning("answers_in_a_row", text)
-
-
-def _calls(conversation: Conversation) -> Iterator[Fault]:
-    offered = set(call_names(conversation.tools))
-    calls = [message for message in conversation.messages if message.is_tool_call]
-    unknown = {
-        call.recipient: None
-        for call in calls
-        if (call.recipient or "").startswith(FUNCTIONS) and call.recipient not in offered
-    }
-    if unknown:
-        names = ", ".join(str(name).removeprefix(FUNCTIONS) for name in unknown)
-        offer = ", ".join(sorted(name.removeprefix(FUNCTIONS) for name in offered)) or "none"
-        text = f"calls {names}, but the row offers {offer}; describe it in the column tools"
-        yield _warning("unknown_tool", text)
-    wrong = [call for call in calls if call.content_type == "json" and not _is_json(call.content)]
-    if wrong:
-        name = (wrong[0].recipient or "").removeprefix(FUNCTIONS)
-        shown = wrong[0].content[:40]
-        text = f"calls {name} with arguments that are no JSON, {shown!r}; correct them"
-        yield _warning("arguments_not_json", text)
-
-
-def _dropped_reasoning(conversation: Conversation) -> Iterator[Fault]:
-    """Reasoning before the last answer of an earlier turn, which a prompt would not show."""
+def _calls(conversation: Conversation, offered: Collection[str]) -> Iterator[Fault]:
     messages = conversation.messages
-    answers = [index for index, message in enumerate(messages[:-1]) if message.is_answer]
-    if not answers:
-        return
-    past = range(answers[-1])
-    if any(messages[index].is_reasoning and conversation.weights[index] for index in past):
+    calls = [message for message in messages if message.content_type == "json"]
+    names = [(call.recipient or "").removeprefix(FUNCTIONS) for call in calls]
+    unknown = {name for name in names if FUNCTIONS + name not in offered}
+    if unknown:
+        offer = ", ".join(name.removeprefix(FUNCTIONS) for name in offered) or "none"
+        text = f"calls {', '.join(sorted(unknown))}, but the row offers {offer}"
+        yield _warning("unknown_tool", f"{text}; describe the tool in the column tools")
+    for name, call in zip(names, calls, strict=True):
+        if not _is_json(call.content):
+            text = f"calls {name} with arguments that are no JSON, {call.content[:40]!r}"
+            yield _warning("arguments_not_json", f"{text}; correct them")
+            return
+
+
+def _dropped_reasoning(
+    conversation: Conversation, channels: Sequence[str | None]
+) -> Iterator[Fault]:
+    """Reasoning before the last answer of an earlier turn, which a prompt would not show."""
+    messages, weights = conversation.messages, conversation.weights
+    answers = [index for index, channel in enumerate(channels[:-1]) if channel == "final"]
+    past = range(answers[-1] if answers else 0)
+    if any(weights[index] and messages[index].is_reasoning for index in past):
         text = (
             "has reasoning in earlier turns, which is left out as it is in a prompt, so that their "
             "answers are learnt without it; expand the turns, or learn the last turn alone"

@@ -8,7 +8,7 @@ its JSON path and what to do. Knows no files (`sources.py`) and no tokens (`mask
 import functools
 import json
 import marshal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptoss_jax.harmony.from_openai import (
@@ -51,9 +51,6 @@ class Format(NamedTuple):
 
 
 Located = list[tuple[str, Any]]  # JSON messages of the OpenAI shape, each with its path
-ToolsAndProblems = tuple[tuple[FunctionTool, ...], tuple[Problem, ...]]
-MAX_TOOLS = 64  # values of a tools column that are kept
-_TOOLS: dict[tuple[str, bytes], ToolsAndProblems] = {}
 _write_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
@@ -70,8 +67,8 @@ def conversation_of(fields: Mapping[str, Any]) -> Conversation:
         conversation = Conversation(text=_text(fields, "text", problems))
     else:
         located, of_tools = found.read(fields, problems), []
-        tools = _tools(fields, of_tools)
-        messages, weights = _messages(located, tools, problems)
+        tools, names = _tools(fields, of_tools)
+        messages, weights = _messages(located, names, problems)
         problems += of_tools
         conversation = Conversation(messages, weights, tools, _effort(fields, problems))
     if problems:
@@ -108,12 +105,11 @@ def _match(columns: tuple[str, ...]) -> tuple[Format | Problem, tuple[str, ...]]
 
 
 def _messages(
-    located: Located, tools: Sequence[FunctionTool], problems: list[Problem]
+    located: Located, offered: Collection[str], problems: list[Problem]
 ) -> tuple[tuple[Message, ...], tuple[float, ...]]:
     messages: list[Message] = []
     weights: list[float] = []
     called: dict[str, str] = {}  # of the calls so far, by their ids
-    offered = call_names(tools)
     for where, raw in located:
         weight, convert = 1.0, convert_message
         if type(raw) is dict and raw.keys() != _ROLE_AND_CONTENT:
@@ -138,23 +134,37 @@ def _weight(where: str, raw: Mapping, problems: list[Problem]) -> float:
 
 def _as_openai(where: str, raw: Mapping, problems: list[Problem]) -> dict[str, Any]:
     """A message without what only rows for training have, or in today's words for it."""
-    empty = [key for key, value in raw.items() if value == "" and key != "content"]
-    fields = {key: value for key, value in raw.items() if key not in ("weight", *empty)}
-    if raw.get("role") == "function":
+    fields = {
+        key: value
+        for key, value in raw.items()
+        if key != "weight" and (value != "" or key == "content")
+    }
+    role = raw.get("role")
+    if role == "function":
         fields["role"] = "tool"
-    if raw.get("role") == "assistant":
+    if role != "assistant":
+        return fields
+    if not fields.keys().isdisjoint(_THINKING):
         reasoning = reasoning_of(where, raw, problems, _THINKING)
-        fields |= {"reasoning": reasoning, "reasoning_content": None}
-        fields.pop("thinking", None)
-    calls = raw.get("tool_calls") or []
-    if raw.get("role") == "assistant" and isinstance(calls, list):
-        call = fields.pop("function_call", None)
-        calls = calls if call is None else [*calls, {"function": call}]
-        fields["tool_calls"] = [
-            _with_text_arguments(f"{where}.tool_calls[{index}]", call, problems)
-            for index, call in enumerate(calls)
-        ]
+        for name in _THINKING:
+            fields.pop(name, None)
+        fields["reasoning"] = reasoning
+    if fields.get("tool_calls") or fields.get("function_call") is not None:
+        fields |= _calls(where, fields, problems)
     return fields
+
+
+def _calls(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Calls, the old single one behind the others, whose arguments are text."""
+    calls, single = fields.get("tool_calls") or [], fields.get("function_call")
+    if not isinstance(calls, list):
+        return {}  # which is said of tool_calls
+    calls = calls if single is None else [*calls, {"function": single}]
+    written = [
+        _with_text_arguments(f"{where}.tool_calls[{index}]", call, problems)
+        for index, call in enumerate(calls)
+    ]
+    return {"tool_calls": written, "function_call": None}
 
 
 def _with_text_arguments(where: str, call: Any, problems: list[Problem]) -> Any:
@@ -172,51 +182,65 @@ def _with_text_arguments(where: str, call: Any, problems: list[Problem]) -> Any:
     return {**call, "function": {**function, "arguments": text}}
 
 
-def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> tuple[FunctionTool, ...]:
-    """From `tools`, or from `functions`, which have no wrapping; a column may be JSON text."""
+class OfferedTools(NamedTuple):
+    """Tools, what calls name them, and what is wrong with them."""
+
+    tools: tuple[FunctionTool, ...]
+    names: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+MAX_TOOLS = 64  # values of a tools column that are kept
+_KEPT_TOOLS: dict[tuple[str, bytes], OfferedTools] = {}
+
+
+def _tools(
+    fields: Mapping[str, Any], problems: list[Problem]
+) -> tuple[tuple[FunctionTool, ...], tuple[str, ...]]:
+    """From `tools`, or from `functions`, which have no wrapping; a column may be JSON text.
+
+    Beside them the names that calls have for them.
+    """
     columns = [name for name in ("tools", "functions") if fields.get(name)]
     if not columns:
-        return ()
+        return (), ()
     if len(columns) > 1:
         functions = fields["functions"]
         problems.append(problem("functions", "none beside tools", functions, "keep tools alone"))
-    tools, wrong = _known_tools(columns[0], fields[columns[0]])
-    problems += wrong
-    return tools
+    offered = _known_tools(columns[0], fields[columns[0]])
+    problems += offered.problems
+    return offered.tools, offered.names
 
 
-def _known_tools(column: str, value: Any) -> ToolsAndProblems:
+def _known_tools(column: str, value: Any) -> OfferedTools:
     """The same object for the same value: most rows of a dataset have the same tools."""
     try:
         key = column, marshal.dumps(value, 2)  # bytes that are the same for the same values
-    except ValueError:  # something in it is no value of JSON's
+    except ValueError:  # something in it is no value of JSON's, or lies too deep
         return _tools_of(column, value)
-    if key not in _TOOLS:
-        if len(_TOOLS) >= MAX_TOOLS:
-            _TOOLS.pop(next(iter(_TOOLS)), None)
-        _TOOLS[key] = _tools_of(column, value)
-    return _TOOLS[key]
+    if key not in _KEPT_TOOLS:
+        if len(_KEPT_TOOLS) >= MAX_TOOLS:
+            _KEPT_TOOLS.pop(next(iter(_KEPT_TOOLS)), None)
+        _KEPT_TOOLS[key] = _tools_of(column, value)
+    return _KEPT_TOOLS[key]
 
 
-def _tools_of(column: str, value: Any) -> ToolsAndProblems:
-    try:
-        tools = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        tools = value
-    problems: list[Problem] = []
+def _tools_of(column: str, value: Any) -> OfferedTools:
+    tools, problems = _from_text(value), list[Problem]()
     if not isinstance(tools, list):
         wrong = problem(column, "a list of tools, or JSON of one", tools, "write a list")
-        return (), (wrong,)
-    if column == "tools":
-        return tuple(convert_tools(tools, problems)), tuple(problems)
-    wrapped = [{"type": "function", "function": function} for function in tools]
-    converted = tuple(convert_tools(wrapped, problems))
-    places = [
-        path.replace("tools[", "functions[").replace("].function", "]") for path, _ in problems
-    ]
-    return converted, tuple(
-        Problem(place, text) for place, (_, text) in zip(places, problems, strict=True)
-    )
+        return OfferedTools((), (), (wrong,))
+    if column == "functions":
+        tools = [{"type": "function", "function": function} for function in tools]
+    converted = tuple(convert_tools(tools, problems))
+    if column == "functions":
+        problems = [Problem(_of_functions(path), text) for path, text in problems]
+    names = () if problems else tuple(call_names(converted))
+    return OfferedTools(converted, names, tuple(problems))
+
+
+def _of_functions(path: str) -> str:
+    return path.replace("tools[", "functions[").replace("].function", "]")
 
 
 def _effort(fields: Mapping[str, Any], problems: list[Problem]) -> str | None:
