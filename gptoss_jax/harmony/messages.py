@@ -16,6 +16,7 @@ CHANNELS = ("analysis", "commentary", "final")
 EFFORTS = ("low", "medium", "high")
 FUNCTIONS = "functions."  # recipients of the caller's tools start with it
 CONSTRAIN = "<|constrain|>"
+_TEXT_OR_NONE = frozenset({str, type(None)})
 _NO_TOOLS = frozenset({None, "all", *ROLES})  # recipients that are nobody, everybody, or a role
 
 
@@ -44,15 +45,20 @@ class Message:
             raise ValueError(
                 f"role: expected one of {', '.join(ROLES)}, got {self.role!r}; correct the role"
             )
+        kinds = {type(self.channel), type(self.recipient), type(self.name), type(self.content_type)}
+        if type(self.content) is not str or not kinds <= _TEXT_OR_NONE:
+            self._check_texts()
+        if self.content_type and self.content_type.startswith(CONSTRAIN):  # the library's spelling
+            word = self.content_type.removeprefix(CONSTRAIN).strip()
+            object.__setattr__(self, "content_type", word or None)
+            object.__setattr__(self, "constrained", True)
+
+    def _check_texts(self) -> None:
         for name in ("content", "channel", "recipient", "name", "content_type"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "content"):
                 expected = "text" if name == "content" else "text or None"
                 raise ValueError(f"{name}: expected {expected}, got {value!r}; correct the message")
-        if self.content_type and self.content_type.startswith(CONSTRAIN):  # the library's spelling
-            word = self.content_type.removeprefix(CONSTRAIN).strip()
-            object.__setattr__(self, "content_type", word or None)
-            object.__setattr__(self, "constrained", True)
 
     @property
     def is_for_tool(self) -> bool:
