@@ -23,9 +23,9 @@ from gptoss_jax.harmony.tools import FunctionTool, call_names
 from gptoss_jax.training.channels import message_of_channel, names_channel
 from gptoss_jax.training.conversations import Conversation
 from gptoss_jax.training.sharegpt import messages_of_turns
+from gptoss_jax.training.shortcuts import ordinary
 
 _ROLE_AND_CONTENT = {"role", "content"}
-_THINKING_TOO = _ROLE_AND_CONTENT | {"reasoning"}
 _THINKING = ("thinking", "reasoning_content", "reasoning")  # names for the analysis, best first
 
 
@@ -117,22 +117,11 @@ def _messages(
             weight = _weight(where, raw, problems)
             raw = _as_openai(where, raw, problems)
             convert = message_of_channel if names_channel(raw) else convert_message
-        converted = _thought_and_answer(raw) or convert(where, raw, called, problems, offered)
-        for message in converted:
+        found = ordinary(raw, called, offered) or convert(where, raw, called, problems, offered)
+        for message in found:
             messages.append(message)
             weights.append(weight if message.role == "assistant" else 0.0)
     return tuple(messages), tuple(weights)
-
-
-def _thought_and_answer(raw: Any) -> tuple[Message, ...]:
-    """What `convert_message` makes of reasoning and content alone: a short cut for speed."""
-    if type(raw) is not dict or raw.keys() != _THINKING_TOO or raw["role"] != "assistant":
-        return ()
-    thought, answer = raw["reasoning"], raw["content"]
-    if not (type(thought) is type(answer) is str and thought and answer):
-        return ()
-    analysis = Message("assistant", thought, "analysis")
-    return analysis, Message("assistant", answer, "final")
 
 
 def _weight(where: str, raw: Mapping, problems: list[Problem]) -> float:
