@@ -34,8 +34,8 @@ def message_of_channel(
     elif role == "tool" and recipient in (None, "assistant"):
         return convert_message(where, fields, called, problems, tools)
     elif role != "assistant":
-        advice = "leave channel and recipient out"
-        problems.append(problem(where, "them on messages of assistant and tool", role, advice))
+        expected = "channel and recipient on what the assistant says and on results for it"
+        problems.append(problem(where, expected, role, "leave them out"))
     elif recipient is not None:
         return _call(where, fields, channel, recipient, called, problems, tools)
     elif fields.get("tool_calls") and channel != "commentary":

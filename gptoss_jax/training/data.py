@@ -137,7 +137,7 @@ def _as_source(one: Any) -> Any:
 
 
 def _is_source(one: Any) -> bool:
-    return isinstance(one, str)
+    return isinstance(one, str) and bool(one)
 
 
 def load_rows(

@@ -91,7 +91,8 @@ class RowOrder(Sequence):
     def _count(self, epochs: int) -> None:
         while len(self._ends) < epochs:
             before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self._epoch(len(self._ends))))
+            rows = len(self._epoch(len(self._ends))) if self._packing else len(self._lengths)
+            self._ends.append(before + rows)
 
     def _epoch(self, number: int) -> list[np.ndarray]:
         if number not in self._recent:

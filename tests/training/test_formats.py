@@ -234,6 +234,19 @@ GOOD = {
         Conversation(CALLED, (0.0, 0.0, 0.0, 0.0, 1.0), WEATHER),
     ),
     "text": ({"text": "Once."}, Conversation(text="Once.")),
+    "conversation-of-roles": ({"conversation": [ASK, TELL], "model": "m"}, SUM),
+    "conversations-of-roles": ({"conversations": [ASK, TELL], "system": "Brief."}, BRIEF_SUM),
+    "messages-from": (
+        {"messages": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        SUM,
+    ),
+    "messages-as-text": ({"messages": json.dumps([ASK, TELL])}, SUM),
+    "conversations-as-text": ({"conversations": " " + json.dumps([ASK, TELL])}, SUM),
+    "a-list-in-words": (
+        {"prompt": '["2+2?"]', "completion": "4"},
+        Conversation((user('["2+2?"]'), answer("4")), (0.0, 1.0)),
+    ),
+    "weight-true": ({"messages": [ASK, {**TELL, "weight": True}]}, SUM),
 }
 
 
@@ -341,6 +354,34 @@ BAD = [
     ({"user": 1, "final": 2, "analysis": 3}, ["user: exp", "final: exp", "analysis: exp"]),
     ({"text": ""}, ["text: expected text, got ''"]),
     ({"text": 5}, ["text: expected text, got 5"]),
+    # calls
+    (
+        {"messages": [{"role": "assistant", "function_call": {"name": "f"}, "tool_calls": 5}]},
+        [
+            r"messages\[0\]: expected the fields .*got \['function_call'\]",
+            r"messages\[0\]\.tool_calls: expected a list, got 5",
+            r"messages\[0\]\.content: expected text",
+        ],
+    ),
+    (
+        {"messages": [{"role": "assistant", "function_call": 5, "tool_calls": []}]},
+        [
+            r"messages\[0\]\.tool_calls\[0\]\.function: expected an object, got 5",
+        ],
+    ),
+    (
+        {"messages": [{**ASK, "function_call": {"name": "f", "arguments": "{}"}}]},
+        [r"messages\[0\]: expected the fields content, name, role, got \['function_call'\]"],
+    ),
+    (
+        {"messages": calling({"raw": b"\xff", "city": "Paris"})},
+        [r"messages\[1\]\.tool_calls\[0\]\.function\.arguments: expected JSON values"],
+    ),
+    (
+        {**PLAIN, "functions": [{"name": "f", "parameters": {"a": b""}}]},
+        [r"functions\[0\]\.parameters: expected JSON values only"],
+    ),
+    ({"messages": "[{"}, [r"messages: expected a list of at least one message, got '\[{'"]),
 ]  # fmt: skip
 
 

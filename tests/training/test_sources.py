@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a dataset: every kind of file, where each row stands, and what cannot be read."""
 
+import datetime
+import decimal
 import gzip
 import hashlib
 import io
@@ -231,6 +233,80 @@ def test_null_fields_of_a_parquet_struct_were_not_there(tmp_path):
     read = [row.fields for row in read_rows(str(tmp_path / "rows.parquet"))]
 
     assert read == [{"a": {"b": 1}}, {"a": {"c": [{}]}, "d": 2}]
+
+
+def test_values_that_json_has_no_word_for_are_text(tmp_path):
+    at = datetime.datetime(2025, 3, 1, 10, tzinfo=datetime.UTC)
+    values = {
+        "day": datetime.date(2025, 3, 1),
+        "at": datetime.datetime(2025, 3, 1, 10, 0, 0, 500),
+        "there": at,
+        "hour": datetime.time(10, 30),
+        "took": datetime.timedelta(days=1, microseconds=-500_000),
+        "back": datetime.timedelta(seconds=-90),
+        "price": decimal.Decimal("-1.50"),
+        "name": "é".encode(),
+        "raw": b"\xff",
+    }
+    (tmp_path / "rows.parquet").write_bytes(parquet([{"a": [values]}]))
+
+    (row,) = read_rows(str(tmp_path / "rows.parquet"))
+
+    assert row.fields["a"] == [
+        {
+            "day": "2025-03-01",
+            "at": "2025-03-01T10:00:00.000500",
+            "there": "2025-03-01T10:00:00+00:00",
+            "hour": "10:30:00",
+            "took": "PT86399.5S",
+            "back": "-PT90S",
+            "price": "-1.50",
+            "name": "é",
+            "raw": b"\xff",
+        }
+    ]
+
+
+def test_a_map_of_arrow_is_an_object(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.date32())
+    days = pyarrow.array([[("a", datetime.date(2025, 3, 1)), ("b", None)], None], kind)
+    pyarrow.parquet.write_table(pyarrow.table({"days": days}), tmp_path / "rows.parquet")
+
+    rows = list(read_rows(str(tmp_path / "rows.parquet")))
+
+    assert [row.fields for row in rows] == [{"days": {"a": "2025-03-01"}}, {}]
+
+
+def test_a_date_that_python_does_not_have_is_an_error_of_its_row(tmp_path):
+    seconds = pyarrow.array([0, 2**40, 86400], pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"at": seconds}), tmp_path / "rows.parquet")
+
+    rows = list(read_rows(str(tmp_path / "rows.parquet")))
+
+    assert [row.line for row in rows] == [1, 2, 3]
+    assert [row.fields for row in rows if not row.error] == [
+        {"at": "1970-01-01T00:00:00"},
+        {"at": "1970-01-02T00:00:00"},
+    ]
+    assert rows[1].error.startswith("expected values that Python has, got ")
+
+
+def test_folders_that_hold_rows_in_another_way_are_told_apart(tmp_path):
+    saved, snapshot = tmp_path / "saved", tmp_path / "snapshot"
+    for folder, name in ((saved, "data-00000-of-00001.arrow"), (snapshot / "data", "a.parquet")):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(parquet(ROWS))
+    (saved / "state.json").write_text("{}")
+
+    with pytest.raises(ValueError) as caught:
+        files_of([str(saved), str(snapshot)])
+
+    assert str(caught.value).splitlines() == [
+        f"{saved}: expected a file of rows, got a folder of Arrow files, as datasets' save_to_disk "
+        "makes it; write Parquet instead, with to_parquet",
+        f"{snapshot}: expected a file of rows, got a folder that has some in {snapshot / 'data'}; "
+        "name that",
+    ]
 
 
 def test_the_header_of_a_parquet_file(tmp_path):

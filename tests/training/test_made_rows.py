@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows from Python: named in a run, made anew by each call, the same within one."""
+
+import copy
+import dataclasses
+import datetime
+import decimal
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptoss_jax.harmony import Tokenizer
+from gptoss_jax.training.check import check
+from gptoss_jax.training.data import DataOptions, load_rows, order_fields
+from gptoss_jax.training.made_rows import MadeRows
+from gptoss_jax.training.sources import digest, read_rows
+
+
+def row(answer):
+    return {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    }
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module whose `rows` a notebook would edit."""
+    (tmp_path / "edited_rows.py").write_text("ROWS = []\n\n\ndef rows():\n    return ROWS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import edited_rows
+
+    yield edited_rows
+    del sys.modules["edited_rows"]
+
+
+@pytest.fixture(scope="module")
+def compact():
+    return Tokenizer.compact()
+
+
+def number_of(options, tokenizer):
+    return len(load_rows(options.train, options, tokenizer=tokenizer))
+
+
+def test_a_list_that_has_grown_and_a_function_defined_anew_are_read_anew(module, compact):
+    options = DataOptions(train=("edited_rows:rows",))
+    seen = []
+
+    module.ROWS.append(row("a"))
+    seen.append((number_of(options, compact), check(options.train).statistics["rows"]))
+    module.ROWS.append(row("b"))
+    seen.append((number_of(options, compact), check(options.train).statistics["rows"]))
+    before = digest(options.train)
+    module.rows = lambda: [row(str(number)) for number in range(7)]
+    seen.append((number_of(options, compact), check(options.train).statistics["rows"]))
+
+    assert seen == [(1, 1), (2, 2), (7, 7)]
+    assert digest(options.train) != before
+
+
+def test_a_check_asks_for_the_rows_once(module):
+    asked = []
+
+    def rows():
+        asked.append(1)
+        return [row(str(len(asked)))] * len(asked)
+
+    module.rows = rows
+
+    report = check("edited_rows:rows")
+
+    assert len(asked) == 1
+    assert report.files[0]["bytes"] == len(json.dumps(row("1"))) + 1
+    assert report.files[0]["rows"] == 1
+
+
+def test_a_list_a_function_and_a_path_are_data_from_python(tmp_path, compact):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row("c")) + "\n")
+    listed = [row("a"), row("b")]
+
+    def made():
+        return [row("d")]
+
+    sources = {
+        "a list of 2 rows": listed,
+        "a tuple of 2 rows": tuple(listed),
+        "a generator of 2 rows": (one for one in listed),
+        f"rows of {made.__qualname__}()": made,
+        str(path): path,
+    }
+    for name, source in sources.items():
+        options = DataOptions(train=source)
+        again = dataclasses.replace(options, rows=3)
+
+        assert options.train == again.train == (name,)
+        assert (
+            number_of(options, compact) == number_of(again, compact) == 2 - (source in (made, path))
+        )
+    mixed = DataOptions(train=[path, listed, made], eval=str(path))
+    assert number_of(mixed, compact) == 4
+    assert mixed.eval == (str(path),)
+
+
+def test_what_is_written_of_a_run_names_the_rows(compact):
+    options = DataOptions(train=[row("a")] * 3, eval=[row("b")])
+
+    fields = dataclasses.asdict(options)
+
+    written = json.loads(json.dumps(fields))
+    assert (written["train"], written["eval"]) == (["a list of 3 rows"], ["a list of 1 rows"])
+    assert json.loads(json.dumps(order_fields(options))) == order_fields(options)
+    assert number_of(copy.deepcopy(options), compact) == 3
+
+
+@pytest.mark.parametrize("wrong", [5, None, "", [5], [None], {"messages": []}, [["a.jsonl"], 5]])
+def test_what_is_no_data_is_refused(wrong):
+    with pytest.raises(ValueError, match="train: expected paths, rows or functions"):
+        DataOptions(train=wrong)
+
+
+@pytest.mark.parametrize("none", [[], ()])
+def test_no_data_is_refused(none):
+    with pytest.raises(ValueError, match="train: expected at least one path, or rows"):
+        DataOptions(train=none)
+
+
+def test_a_home_folder_is_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row("a")) + "\n")
+
+    for path in ("~/rows.jsonl", "~/*.jsonl", "~"):
+        (found,) = read_rows(path)
+        assert (found.path, found.fields) == (str(tmp_path / "rows.jsonl"), row("a"))
+
+
+def test_values_of_python_become_json_and_others_are_errors_of_their_row():
+    values = {
+        "day": datetime.date(2026, 1, 2),
+        "at": datetime.datetime(2026, 1, 2, 3, 4, 5),
+        "price": decimal.Decimal("1.20"),
+        "raw": b"text",
+        "number": np.int64(3),
+        "list": np.array([1.5, 2.0]),
+    }
+    circle: dict = {}
+    circle["itself"] = circle
+    made = MadeRows("mine", lambda: [values, {"a": object()}, circle, row("a"), {"b": b"\xff"}, 5])
+
+    found = list(read_rows(made))
+
+    assert found[0].fields == {
+        "day": "2026-01-02",
+        "at": "2026-01-02T03:04:05",
+        "price": "1.20",
+        "raw": "text",
+        "number": 3,
+        "list": [1.5, 2.0],
+    }
+    assert found[3].fields == row("a")
+    wrong = {one.line: one.error for one in found if one.error}
+    assert set(wrong) == {2, 3, 5, 6}
+    assert wrong[2].startswith("expected JSON values, got others (object is no JSON value); conv")
+    assert wrong[6].startswith("expected a JSON object, got a number")
+
+
+def test_a_function_that_is_not_there_is_an_error_of_both(compact):
+    with pytest.raises(ValueError, match="no_such_module:rows: expected a file of rows, or a fun"):
+        load_rows(["no_such_module:rows"], DataOptions(train="x"), tokenizer=compact)
+
+    report = check(["no_such_module:rows", str(Path(__file__).parent / "none.jsonl")])
+
+    assert report.kinds["error"] == {"unreadable": 1, "found": 1}
+    assert report.findings[0].text.startswith("expected a file of rows, or a function that makes")
