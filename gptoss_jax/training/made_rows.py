@@ -46,7 +46,8 @@ class MadeRows(str):
         """
         if callable(rows):
             name = getattr(rows, "__qualname__", type(rows).__name__)
-            return cls(f"rows of {name}()", rows)
+            made: Callable[[], Any] = rows
+            return cls(f"rows of {name}()", made)
         kept = list(rows) if iter(rows) is rows else rows
         number = f"{len(kept)} " if hasattr(kept, "__len__") else ""
         return cls(f"a {type(rows).__name__} of {number}rows", lambda: kept)

@@ -75,7 +75,7 @@ def files_of(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: list[str] = []
     problems = [] if several else ["paths: expected at least one, got none; name a file or folder"]
-    for path in map(os.fspath, several):
+    for path in [os.fspath(path) for path in several]:
         found = expand(path)
         unknown = [file for file in found if not is_known(file)]
         if not found:
