@@ -16,7 +16,7 @@ import tyro
 import gptoss_jax
 from gptoss_jax.cli.bench import Bench
 from gptoss_jax.cli.chat import Chat
-from gptoss_jax.cli.data import Data
+from gptoss_jax.cli.data import Data, DataCheck, DataShow
 from gptoss_jax.cli.finetune import Finetune
 from gptoss_jax.cli.generate import Generate
 from gptoss_jax.cli.info import Info
@@ -30,6 +30,7 @@ COMMANDS = {
     "info": Info,
     "bench": Bench,
 }
+PARTS = {("data", "check"): DataCheck, ("data", "show"): DataShow}  # with a --help of their own
 STATUSES = {
     0: "done",
     1: "no answer came, or data that does not pass, or something failed inside",
@@ -70,20 +71,20 @@ def completed(arguments: list[str]) -> int:
 
 def parsed(name: str, words: list[str]) -> Any:
     """The subcommand, with its options. Raises ValueError with all that is wrong with them."""
-    prog, said = f"gptoss {name}", io.StringIO()
-    words = getattr(COMMANDS[name], "arranged", list)(words)
+    part = (name, words[0] if words else "")
+    command, said = PARTS.get(part, COMMANDS[name]), io.StringIO()
+    prog = f"gptoss {' '.join(part)}" if part in PARTS else f"gptoss {name}"
+    words = getattr(command, "arranged", list)(words)
     try:
         with contextlib.redirect_stderr(said):
-            found = tyro.cli(
-                COMMANDS[name], prog=prog, args=words, config=(tyro.conf.DisallowNone,)
-            )
-        if problems := repeated(COMMANDS[name], words):
+            found = tyro.cli(command, prog=prog, args=words, config=(tyro.conf.DisallowNone,))
+        if problems := repeated(command, words):
             raise ValueError("; ".join(problems))
         return found
     except SystemExit as end:
         if not end.code:
             return Helped()
-    raise ValueError(explain(prog, COMMANDS[name], words, said.getvalue()))
+    raise ValueError(explain(prog, command, words, said.getvalue()))
 
 
 class Helped:

@@ -195,6 +195,28 @@ class Data:
         return SystemSettings(reasoning_effort=self.effort, current_date=self.date)
 
 
+@dataclass(kw_only=True)
+class DataCheck(Data):
+    """Check training data: everything wrong at once, what is doubtful, and statistics.
+
+    Example: gptoss data check data/train.jsonl
+    """
+
+    showing: tyro.conf.Suppress[Group[ShowOptions]] = dataclasses.field(default_factory=ShowOptions)
+
+
+@dataclass(kw_only=True)
+class DataShow(Data):
+    """Show a row of training data as tokens, with what is learnt of it.
+
+    Example: gptoss data show data/train.jsonl --row 3
+    """
+
+    checking: tyro.conf.Suppress[Group[CheckOptions]] = dataclasses.field(
+        default_factory=CheckOptions
+    )
+
+
 def print_report(report: "Report") -> None:
     """Findings a line each, then what the data holds, then the verdict."""
     shown: Counter[str] = Counter()

@@ -84,6 +84,8 @@ def options_of(command: type) -> Iterator[Option]:
     hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
         kind, marks = _peeled(hints[field.name])
+        if tyro.conf.Suppress in marks:
+            continue
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
             yield from options_of(kind)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gptoss_jax.training.batch import Batch
-from gptoss_jax.training.packing import ENDLESS, RowOrder
+from gptoss_jax.training.packing import RowOrder
 from gptoss_jax.training.prefixed import PrefixedBatch
 
 AHEAD = 2  # batches made before they are asked for
@@ -145,11 +145,6 @@ class Batches(Iterator[Batch | PrefixedBatch]):
     def close(self) -> None:
         """End the thread that makes batches."""
         self._batches.close()
-
-    @property
-    def steps(self) -> int | None:
-        rows = len(self._rows.order)
-        return None if rows == ENDLESS else -(-rows // self._rows.num_rows)
 
     @functools.cached_property
     def digest(self) -> str:

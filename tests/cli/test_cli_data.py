@@ -208,6 +208,34 @@ def test_mistakes_are_one_line_and_exit_2(gptoss, file, arguments, error):
     assert error in err
 
 
+def test_check_and_show_have_a_help_of_their_own(gptoss):
+    check, show, both = (gptoss(*words, "--help") for words in (["check"], ["show"], []))
+
+    assert [status for status, _, _ in (check, show, both)] == [0, 0, 0]
+    assert check[1].startswith("usage: gptoss data check [-h] [OPTIONS] PATH")
+    assert ("--no-tokens" in check[1], "--row N" in check[1]) == (True, False)
+    assert show[1].startswith("usage: gptoss data show [-h] [OPTIONS] PATH")
+    assert ("--no-tokens" in show[1], "--row N" in show[1]) == (False, True)
+    assert "--no-tokens" in both[1] and "--row N" in both[1]
+
+
+@pytest.mark.parametrize(("what", "option"), [("check", "--row"), ("show", "--length")])
+def test_an_option_of_the_other_is_a_mistake(gptoss, what, option):
+    status, out, err = gptoss(what, "rows.jsonl", option, "3")
+
+    assert (status, out) == (2, "")
+    assert err.startswith("gptoss: ") and option in err and f"gptoss data {what} --help" in err
+
+
+def test_an_answer_in_history_is_shown_without_its_end_learnt(gptoss, file):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+    _, out, _ = gptoss("show", file({"messages": said * 2}), *TINY)
+
+    assert "⟦<|channel|>final<|message|>a⟧<|end|>\n" in out
+    assert "⟦<|channel|>final<|message|>a<|return|>⟧\n" in out
+
+
 def test_a_path_without_files_is_an_error_of_the_check(gptoss):
     status, out, _ = gptoss("check", "gone.jsonl", "--no-tokens")
 
