@@ -146,15 +146,14 @@ class _Run:
             )
             return
         faults = list(_file_faults(path, facts["bytes"], rules))
-        if any(not fault.is_warning for fault in faults):
-            pass
-        elif path.endswith(".parquet") and not rules.reads_parquet:
+        is_wrong = any(not fault.is_warning for fault in faults)
+        if not is_wrong and path.endswith(".parquet") and not rules.reads_parquet:
             facts["rows"], faults = _header_faults(path, rules)
-        else:
+        elif not is_wrong:
             for row in read_file(path):
                 facts["rows"] += 1
                 facts["errors"] += self._row(row, rules)
-        if not faults and facts["rows"] < rules.min_rows:  # none is needed of each where all count
+        if not faults and facts["rows"] < rules.min_rows:
             text = f"expected at least {rules.min_rows} rows, got {facts['rows']}; add some"
             faults = [Fault("has_min_samples", "", text)]
         facts["errors"] += self.add(path, None, faults)
