@@ -163,7 +163,12 @@ class _Run:
         if self._tally.kept or any(severity == "error" for severity, _ in self._kinds):
             return
         rows = sum(facts["rows"] for facts in self._files)
-        text = f"expected rows to train on, got {rows} rows and nothing to learn; add some"
+        got = (
+            f"{rows} rows that are too long or teach nothing, as the warnings say"
+            if rows
+            else "none"
+        )
+        text = f"expected rows to train on, got {got}; add some"
         self.add(paths, None, [Fault("nothing_at_all", "", text)])
 
     def report(self, profile: str) -> Report:

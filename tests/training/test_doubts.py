@@ -123,8 +123,17 @@ def test_nothing_to_train_in_all_rows_is_an_error():
         "warning": {"nothing_to_train": 2, "duplicate": 1},
     }
     assert report.findings[-1].text == (
-        "expected rows to train on, got 2 rows and nothing to learn; add some"
+        "expected rows to train on, got 2 rows that are too long or teach nothing, as the warnings "
+        "say; add some"
     )
+
+
+def test_rows_that_are_all_too_long_are_an_error():
+    tokens = TokenOptions(tokenizer=Tokenizer.compact(), length=20)
+
+    report = check(MadeRows("rows", lambda: [chat(ASK, TELL)]), tokens=tokens)
+
+    assert report.kinds == {"error": {"nothing_at_all": 1}, "warning": {"cut_off": 1}}
 
 
 def test_an_empty_file_beside_others_is_a_warning(tmp_path):
