@@ -146,8 +146,7 @@ def _problems(prog: str, options: list[Option], words: list[str]) -> Iterator[st
             all_known = False
             meant = ELSEWHERE.get(name)
             hint = f"; did you mean {meant}?" if meant in known else near(name, known)
-            hint = hint or _fields_of(options)
-            yield f"{name}: expected an option, got none of that name{hint}"
+            yield f"{name}: expected an option, got none of that name{hint}{_fields_of(options)}"
         elif option.kind is bool and equals:
             yield f"{name}: expected no value, got {value!r}"
         elif option.kind is not bool:

@@ -27,7 +27,7 @@ from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.model.adapter import linears
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.sharding import Placement
-from gptoss_jax.training.data import batches, load_rows, one_pass, order_fields
+from gptoss_jax.training.data import batches, load_rows, one_pass, order_fields, report_of
 from gptoss_jax.training.documents import Batches, Documents, rows_here
 from gptoss_jax.training.hooks import Hook
 from gptoss_jax.training.lora import add_lora, choose, weights_table
@@ -88,6 +88,8 @@ def finetune(
         training = batches(documents, run.data, here=here)
         agree("training data", training.digest)
         say(f"data: {training.report}")
+        if held_out is not None:
+            say(f"held out: {report_of(held_out, run.data)}")
         run = _with_steps(run, training, say)
 
         facts = _facts(run, plan, training, base)
