@@ -17,7 +17,7 @@ from gptoss_jax import device
 from gptoss_jax.kernels.dispatch import Choice
 from gptoss_jax.kernels.expert_matmul import cases, expert_mlp, gpu, reference, tpu
 from gptoss_jax.kernels.expert_matmul.api import IMPLEMENTATIONS, Problem, strategy
-from gptoss_jax.kernels.expert_matmul.nibbles import unpack_halves
+from gptoss_jax.kernels.expert_matmul.nibbles import unpack_halves, unpack_whole
 from gptoss_jax.mxfp4 import Mxfp4, unpack
 
 NAMES = ("x", "weights", "gate_up", "gate_up_bias", "down", "down_bias")
@@ -454,6 +454,8 @@ def test_halves_are_the_published_values_bit_for_bit():
     even, odd = unpack_halves(Mxfp4(blocks, scales), jnp.float32)
 
     both = np.stack([even, odd], axis=-1).reshape(256, -1)
+    whole = unpack_whole(Mxfp4(blocks, scales), jnp.float32)
+    np.testing.assert_array_equal(np.asarray(whole), both)
     with np.errstate(over="ignore"):  # 6 * 2^127 is infinite in float32
         values = decoded(np.asarray(blocks), np.asarray(scales)).astype(np.float32)
     assert np.isnan(both[255]).all()

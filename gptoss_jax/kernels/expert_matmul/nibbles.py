@@ -33,6 +33,19 @@ def unpack_halves(packed: Mxfp4, dtype) -> Halves:
     return Halves(half(packed.blocks & 0xF), half(packed.blocks >> 4))
 
 
+def unpack_whole(packed: Mxfp4, dtype) -> Float[jax.Array, "... inputs"]:
+    """The matrix itself, its columns in their order.
+
+    A value has at most the upper 16 bits of a float32, those of a bfloat16: an even one and the odd
+    one after it are a word, which is read as two of these. That is elementwise; to stack two arrays
+    took longer than the products of a hundred rows.
+    """
+    halves = unpack_halves(packed, jnp.float32)
+    even, odd = (jax.lax.bitcast_convert_type(half, jnp.uint32) for half in halves)
+    values = jax.lax.bitcast_convert_type((even >> 16) | odd, jnp.bfloat16)
+    return values.reshape(packed.shape).astype(dtype)
+
+
 def e2m1(codes: UInt8[jax.Array, "..."]) -> Float[jax.Array, "..."]:
     """Codes 0..15 as float32, put together from bits.
 

@@ -9,6 +9,7 @@ Arguments are checked in api.py.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.kernels.expert_matmul.nibbles import Halves, unpack_halves
+from gptoss_jax.kernels.expert_matmul.nibbles import Halves, unpack_halves, unpack_whole
 from gptoss_jax.mxfp4 import Mxfp4
 
 ORDER = "published"  # of packed bytes
 FEW_PAIRS = 8  # up to this many (token, expert) pairs, visiting pairs beats sorting them
+FEW_ROWS = 32  # of one expert in a product
 
 
 def why_not(problem, kind: str) -> list[str]:
@@ -47,16 +49,21 @@ class Experts(NamedTuple):
 
     def one(self, expert: Int[Array, ""], dtype) -> "Experts":
         """One expert's weights, unpacked where they are packed."""
+        return self._one(expert, lambda packed: unpack_halves(packed, dtype))
+
+    def one_for_many(self, expert: Int[Array, ""], dtype) -> "Experts":
+        """The same for many rows, for which it pays to put a matrix together."""
+        return self._one(expert, lambda packed: unpack_whole(packed, dtype))
+
+    def _one(self, expert: Int[Array, ""], unpacked: Callable[[Mxfp4], Any]) -> "Experts":
         taken = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False), self
         )
-        return taken._replace(
-            gate_up=_readable(taken.gate_up, dtype), down=_readable(taken.down, dtype)
+        gate_up, down = (
+            unpacked(weights) if isinstance(weights, Mxfp4) else weights
+            for weights in (taken.gate_up, taken.down)
         )
-
-
-def _readable(weights, dtype):
-    return unpack_halves(weights, dtype) if isinstance(weights, Mxfp4) else weights
+        return taken._replace(gate_up=gate_up, down=down)
 
 
 class Static(NamedTuple):
@@ -77,16 +84,24 @@ def clamped_swiglu(
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
 
-def _through_one(static: Static, x: Float[Array, "R D"], expert: Experts) -> Float[Array, "R D"]:
-    """Rows through one expert, float32 outside the two products."""
-    u = _adapted_product(expert.gate_up, expert.gate_up_factors, x.T)
-    gate, up = u + expert.gate_up_bias.astype(jnp.float32)[:, :, None]
-    hidden = clamped_swiglu(gate, up, alpha=static.alpha, limit=static.limit)
-    y = _adapted_product(expert.down, expert.down_factors, hidden.astype(x.dtype))
-    return (y + expert.down_bias.astype(jnp.float32)[:, None]).T
+def _through_one(
+    static: Static, x: Float[Array, "R D"], share: Float[Array, " R"] | None, expert: Experts
+) -> Float[Array, "R D"]:
+    """Rows through one expert, times their shares if there are any; float32 outside the products.
+
+    Shares meet the inputs of the last product, not its outputs, so that a backward pass, which
+    wants the gradient of the shares, does not have to make these outputs again.
+    """
+    u = _adapted_product(expert.gate_up, expert.gate_up_factors, x)
+    u += expert.gate_up_bias.astype(jnp.float32)[None]
+    hidden = clamped_swiglu(u[:, 0], u[:, 1], alpha=static.alpha, limit=static.limit)
+    bias = expert.down_bias.astype(jnp.float32)[None]
+    if share is not None:
+        hidden, bias = hidden * share[:, None], bias * share[:, None]
+    return _adapted_product(expert.down, expert.down_factors, hidden.astype(x.dtype)) + bias
 
 
-def _adapted_product(weights: Any, factors: Factors | None, rows: Float[Array, "I R"]):
+def _adapted_product(weights: Any, factors: Factors | None, rows: Float[Array, "R I"]):
     """(weights + b a) rows, without ever adding the matrices up."""
     y = _product(weights, rows)
     if factors is None:
@@ -95,15 +110,18 @@ def _adapted_product(weights: Any, factors: Factors | None, rows: Float[Array, "
     return y + _product(factors.b.astype(rows.dtype), between)
 
 
-def _product(weights: Any, rows: Float[Array, "I R"]):
-    """`[*out, R]` in float32.
+def _product(weights: Any, rows: Float[Array, "R I"]):
+    """`[R, *out]` in float32.
 
-    The weights stand on the left: for up to 32 rows XLA's CPU products are 1.3 to 1.7 times as
-    fast that way round, for more rows no slower.
+    The weights stand on the left of few rows: up to 32 of them XLA's CPU products are 1.3 to 1.7
+    times as fast that way round. For more rows they are not, and what comes out has to be turned.
     """
     if isinstance(weights, Halves):
-        return _product(weights.even, rows[0::2]) + _product(weights.odd, rows[1::2])
-    return jnp.einsum("...I,IR->...R", weights, rows, preferred_element_type=jnp.float32)
+        return _product(weights.even, rows[:, 0::2]) + _product(weights.odd, rows[:, 1::2])
+    if rows.shape[0] > FEW_ROWS:
+        return jnp.einsum("RI,...I->R...", rows, weights, preferred_element_type=jnp.float32)
+    y = jnp.einsum("...I,RI->...R", weights, rows, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(y, -1, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,7 +147,7 @@ def _visit_pairs(static, x, ids, experts) -> Float[Array, "R A D"]:
     def one_pair(pair):
         expert = experts.one(ids.reshape(-1)[pair], x.dtype)
         row = jax.lax.dynamic_slice_in_dim(x, pair // num_active, 1)
-        return _through_one(static, row, expert)[0]
+        return _through_one(static, row, None, expert)[0]
 
     def one_pair_if_here(pair):
         here = ids.reshape(-1)[pair] < experts.down_bias.shape[0]
@@ -196,12 +214,12 @@ def _sort(ids: Int[Array, "R A"], num_experts: int, total_experts: int | None) -
 
 
 def _tile(num_tokens: int, num_active: int, num_experts: int) -> int:
-    """About half the rows of an expert under even routing, from 4 to 512.
+    """About a quarter of the rows of an expert under even routing, from 4 to 512.
 
     Larger tiles multiply faster but are emptier at the end of each expert's rows.
     """
-    half_share = max(1.0, num_tokens * num_active / num_experts / 2)
-    return min(512, max(4, 1 << math.ceil(math.log2(half_share))))
+    share = max(1.0, num_tokens * num_active / num_experts / 4)
+    return min(512, max(4, 1 << math.ceil(math.log2(share))))
 
 
 def _for_each_tile(pairs: _Sorted, expert: Int[Array, ""], visit, carry):
@@ -223,11 +241,11 @@ def _visit_experts(static, x, ids, experts) -> Float[Array, "R A D"]:
     chosen, num_chosen = pairs.chosen_experts()
 
     def visit(index, outputs):
-        expert = experts.one(chosen[index], x.dtype)
+        expert = experts.one_for_many(chosen[index], x.dtype)
 
         def one_tile(first, outputs):
             tile = _cut(rows, first, pairs.tile)
-            return _paste(outputs, _through_one(static, tile, expert), first)
+            return _paste(outputs, _through_one(static, tile, None, expert), first)
 
         return _for_each_tile(pairs, chosen[index], one_tile, outputs)
 
@@ -255,24 +273,22 @@ def _backward(static, residuals, dy: Float[Array, "R D"]):
     row_weights = pairs.take(weights)
 
     def visit(carry, index):
-        expert = experts.one(index, x.dtype)
+        expert = experts.one_for_many(index, x.dtype)
 
         def one_tile(first, carry):
             dx, dweights, dexpert = carry
-            tile_dy = _cut(rows_dy, first, pairs.tile)
-            y, pull = jax.vjp(
-                functools.partial(_through_one, static), _cut(rows, first, pairs.tile), expert
-            )
             own = first + jnp.arange(pairs.tile) < pairs.starts[index + 1]
             share = jnp.where(own, _cut(row_weights, first, pairs.tile), 0.0)
-            tile_dx, tile_dexpert = pull(tile_dy * share[:, None])
+            tile = _cut(rows, first, pairs.tile)
+            _, pull = jax.vjp(functools.partial(_through_one, static), tile, share, expert)
+            tile_dx, dshare, tile_dexpert = pull(_cut(rows_dy, first, pairs.tile))
             dexpert = jax.tree.map(
                 lambda total, part: total + part.astype(jnp.float32),
                 dexpert,
                 _trainable(tile_dexpert, experts),
             )
             dx = _paste(dx, tile_dx.astype(jnp.float32), first)
-            return dx, _paste(dweights, (y * tile_dy).sum(axis=-1), first), dexpert
+            return dx, _paste(dweights, dshare, first), dexpert
 
         nothing = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, jnp.float32), _trainable(expert, experts)

@@ -97,7 +97,7 @@ def backward(
             weights = jnp.exp(_logits(static, queries, keys, places, index, other) - row_lse)
             dweights = _product("BRKGH,BSKH->BKRGS", upstream, values)
             dlogits = (weights * (dweights - row_delta) * static.scale).astype(q.dtype)
-            dqueries += _product("BKRGS,BSKH->BRKGH", dlogits, keys)
+            dqueries += _product("BSKH,BKRGS->BRKGH", keys, dlogits)
             dkeys = _product("BKRGS,BRKGH->BSKH", dlogits, queries)
             dvalues = _product("BKRGS,BRKGH->BSKH", weights.astype(q.dtype), upstream)
             start = other * static.tiles.keys
