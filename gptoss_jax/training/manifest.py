@@ -7,23 +7,29 @@ bytes that were written. Knows files alone, and nothing of what is in them.
 
 import concurrent.futures
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
 FORMAT = "gptoss_jax manifest 1"
-THREADS = 8  # that hash; more do not pay with the disk as the limit
+THREADS = 8  # that read again; more do not pay with the disk as the limit
+QUIET_THREADS = 2  # that hash what was written, beside a training that wants the processors
+NICENESS = 10  # of these
+JUNK = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
 PIECE = 1 << 22  # bytes read at a time
 
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest of all files below a folder, and have everything on the disk."""
     names = _files(folder)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+    with concurrent.futures.ThreadPoolExecutor(QUIET_THREADS, initializer=_step_back) as threads:
         entries = list(threads.map(lambda name: _entry(folder / name, flush=True), names))
     text = _text(dict(zip(names, entries, strict=True)))
     write_file(folder / NAME, text)
@@ -32,7 +38,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """All that is wrong with the files below a folder; nothing is if it is as it was written.
+    """All that is wrong with the files that were written to a folder; `strangers` are no matter.
 
     With `share` (i, n) it reads every n-th file from the i-th, as one of n processes.
     """
@@ -42,19 +48,34 @@ def check_manifest(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         return [f"{NAME}: {error}"]
     there = set(_files(folder)) - {NAME}
     found = [f"{name}: is missing" for name in sorted(entries.keys() - there)]
-    found += [f"{name}: is not in {NAME}" for name in sorted(there - entries.keys())]
     names = sorted(entries.keys() & there)[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         checked = threads.map(lambda name: list(_differences(folder, name, entries[name])), names)
         return found + [problem for problems in checked for problem in problems]
 
 
-def files_fit(folder: Path) -> bool:
-    """Whether a folder has the files of its manifest and no others; does not read them."""
+def strangers(folder: Path) -> list[str]:
+    """The files below a folder that came later; all of them, if its manifest cannot be read."""
     try:
-        return set(_files(folder)) == {NAME, *_read(folder)}
+        known = {NAME, *_read(folder)}
+    except (OSError, ValueError):
+        known = {NAME}
+    return sorted(set(_files(folder)) - known)
+
+
+def files_fit(folder: Path) -> bool:
+    """Whether a folder has the files of its manifest and no others but what systems leave behind;
+    does not read them."""
+    try:
+        missing = _read(folder).keys() - set(_files(folder))
     except (OSError, ValueError):
         return False
+    return not missing and all(_is_junk(name) for name in strangers(folder))
+
+
+def _is_junk(name: str) -> bool:
+    """Whether it was left by a file manager or a network file system, not by a user."""
+    return any(fnmatch.fnmatchcase(name.rsplit("/")[-1], pattern) for pattern in JUNK)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -74,6 +95,13 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _step_back() -> None:
+    """Let other threads go first; only Linux has a priority for each."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _files(folder: Path) -> list[str]:
