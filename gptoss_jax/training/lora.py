@@ -56,7 +56,12 @@ class LoraOptions:
             for name, alpha in numbers.items()
             if not (type(alpha) in (int, float) and 0 < alpha < math.inf)
         ]
-        if not self.targets:
+        if isinstance(self.targets, str):
+            problems.append(
+                f"targets: expected a tuple of patterns, got {self.targets!r}; write "
+                f"({self.targets!r},)"
+            )
+        elif not self.targets:
             problems.append(
                 f"targets: expected patterns of names as {', '.join(LINEARS)}, got none"
             )
@@ -83,8 +88,9 @@ def add_lora(model: Transformer, options: LoraOptions, *, seed: int) -> Transfor
     """
     if found := sorted(adapters(model)):
         raise ValueError(
-            f"model: expected one without adapters, got {len(found)} from {found[0]} on; merge "
-            "them, or go on training them"
+            f"model: expected one without adapters, got {len(found)} from {found[0]} on; go "
+            "on training them (trainable=nnx.LoRAParam; in a run file, `[model] adapter = FOLDER` "
+            "of weights.adapters.save_adapter), or add these to the model without adapters"
         )
     adapted = nnx.merge(*nnx.split(model))
     layers = linears(adapted)

@@ -3,6 +3,8 @@
 model whose weights have b a added to them as whole matrices."""
 
 import dataclasses
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -387,3 +389,15 @@ def test_experts_that_fsdp_cannot_divide():
 
     assert abs(found - loss) < 1e-5
     check_gradients(found_gradients, gradients, within=2e-5)
+
+
+@pytest.mark.parametrize("targets", ["attn.q", ""])
+def test_targets_are_no_text(targets):
+    """It would be gone through letter by letter."""
+    given: Any = targets
+    with pytest.raises(ValueError) as caught:
+        LoraOptions.__post_init__(types.SimpleNamespace(**vars(LoraOptions()) | {"targets": given}))
+
+    assert str(caught.value) == (
+        f"targets: expected a tuple of patterns, got {targets!r}; write ({targets!r},)"
+    )
