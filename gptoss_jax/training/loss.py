@@ -44,9 +44,12 @@ class Sums(NamedTuple):
 
 
 def next_token_loss(
-    model: Transformer, batch: Batch | PrefixedBatch, *, chunk: int = CHUNK
+    model: Transformer, batch: Batch | PrefixedBatch, chunk: int = CHUNK
 ) -> Float[Array, ""]:
-    """Mean cross-entropy, in nats, of the tokens that have weight, given all before each."""
+    """Mean cross-entropy, in nats, of the tokens that have weight, given all before each.
+
+    To be differentiated with `nnx.value_and_grad(next_token_loss)(model, batch)`, too.
+    """
     return loss_sums(model, batch, chunk=chunk).mean()
 
 

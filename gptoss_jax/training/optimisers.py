@@ -2,18 +2,21 @@
 """How parameters move: an optimiser, a learning rate over time, clipping and decay, as options.
 
 Optax does the work; the parts of a chain have names here, as those of a checkpoint are made of
-them. Knows parameters by their paths and logical axes only; the step itself is in step.py.
+them. Knows parameters by their paths and logical axes only; rates.py has the learning rate, and the
+step itself is in step.py.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax import contrib
+
+from gptoss_jax.training.rates import FALLS, Rates, rate_after
 
 # Which axes of a kernel are its inputs and outputs; all others count matrices. The embedding, the
 # unembedding and the router are tables of words and experts, and move as Adam has it.
@@ -42,6 +45,7 @@ class Optimisation:
     optimiser: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 0
+    warmup_share: float | None = None  # instead: of all steps, rounded
     final_share: float = 0.01
     decay_share: float = 0.1
     weight_decay: float = 0.0  # of matrices alone: not of biases, scales and sinks
@@ -53,30 +57,17 @@ class Optimisation:
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moments
 
     def __post_init__(self):
-        shares = ("final_share", "decay_share", "beta1", "beta2", "muon_beta")
-        most = math.inf if self.steps is None else self.steps
-        problems = [
-            f"{name}: expected {what}, got {getattr(self, name)!r}"
-            for names, what, right in (
-                (("steps",), "a whole number of at least 1", lambda x: x is None or x >= 1),
-                (("warmup_steps",), f"0 to steps={self.steps}", lambda x: 0 <= x <= most),
-                (("learning_rate", "eps"), "a number above 0", lambda x: x > 0),
-                (("weight_decay",), "at least 0", lambda x: x >= 0),
-                (("clip_norm",), "a number above 0, or none", lambda x: x is None or x > 0),
-                (shares, "0 to 1", lambda x: 0 <= x <= 1),
+        problems = [*_out_of_range(self)]
+        if self.warmup_share is not None and self.warmup_steps:
+            problems.append(
+                f"warmup_share: expected none beside warmup_steps={self.warmup_steps!r}, got "
+                f"{self.warmup_share!r}; leave one of them out"
             )
-            for name in names
-            if not right(getattr(self, name))
-        ]
-        if self.optimiser not in _CORES:
-            problems.append(f"optimiser: expected {', '.join(_CORES)}, got {self.optimiser!r}")
-        if self.schedule not in _SHAPES:
-            problems.append(f"schedule: expected {', '.join(_SHAPES)}, got {self.schedule!r}")
-        if problems:
+        for name, among in (("optimiser", _CORES), ("schedule", FALLS)):
+            if getattr(self, name) not in among:
+                problems.append(f"{name}: expected {', '.join(among)}, got {getattr(self, name)!r}")
+        if problems or (problems := [*_without_effect(self)]):
             raise ValueError("; ".join(problems))
-
-    def _has_steps(self, count: int) -> bool:
-        return count >= 0 and (self.steps is None or count <= self.steps)
 
     @property
     def all_steps(self) -> int:
@@ -84,53 +75,81 @@ class Optimisation:
             raise ValueError("steps: expected a number of steps, got none; give one")
         return self.steps
 
+    @property
+    def first_steps(self) -> int:
+        """Those of the warm-up."""
+        if self.warmup_share is None:
+            return self.warmup_steps
+        return round(self.warmup_share * self.all_steps)
+
+    def rates(self) -> Rates:
+        """All numbers that the learning rate is made of: what a compiled step is given."""
+        warmup, after = self.first_steps, max(self.all_steps - self.first_steps, 1)
+        falling = after
+        if self.schedule == "wsd":
+            falling = min(after, max(1, round(self.decay_share * self.all_steps)))
+        last = 1.0 if self.schedule == "constant" else self.final_share
+        rate = self.learning_rate
+        return Rates.of(rate, warmup, after - falling, falling, last, FALLS[self.schedule])
+
     def rate(self, step: Any) -> Any:
         """The learning rate of the step that follows this many; a traced number, too."""
-        after = self.all_steps - self.warmup_steps
-        schedule = _SHAPES[self.schedule](self, max(after, 1))
-        if self.warmup_steps:
-            warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
-            schedule = optax.join_schedules([warmup, schedule], [self.warmup_steps])
-        return schedule(step)
+        return rate_after(self.rates(), step)
 
-    def build(self) -> optax.GradientTransformation:
-        """The chain, for parameters as `nnx.split` gives them."""
+    def without_rates(self) -> "Optimisation":
+        """The same for every learning rate, number of steps and schedule: what is compiled."""
+        names = ("steps", "schedule", "warmup_steps", "warmup_share", "final_share", "decay_share")
+        fields = Optimisation.__dataclass_fields__
+        standard = {name: fields[name].default for name in names}
+        return dataclasses.replace(self, learning_rate=1.0, **standard)
+
+    def build(self, rate: Callable[[Any], Any] | None = None) -> optax.GradientTransformation:
+        """The chain, for parameters as `nnx.split` gives them.
+
+        `rate`, of how many steps were done, stands in for the options' own learning rate.
+        """
         clip = optax.identity() if self.clip_norm is None else _clip(self.clip_norm)
         return optax.named_chain(
             ("clip", clip),
             *_CORES[self.optimiser](self),
             ("decay", optax.add_decayed_weights(self.weight_decay, mask=are_matrices)),
-            ("rate", optax.scale_by_learning_rate(self.rate)),
+            ("rate", optax.scale_by_learning_rate(rate or self.rate)),
         )
 
 
+def _out_of_range(options: Any) -> Iterator[str]:
+    shares = ("final_share", "decay_share", "beta1", "beta2", "muon_beta")
+    most = math.inf if options.steps is None else options.steps
+    for names, what, right in (
+        (("steps",), "a whole number of at least 1", lambda x: x is None or x >= 1),
+        (("warmup_steps",), f"0 to steps={options.steps}", lambda x: 0 <= x <= most),
+        (("warmup_share",), "0 to 1, or none", lambda x: x is None or 0 <= x <= 1),
+        (("learning_rate", "eps"), "a number above 0", lambda x: x > 0),
+        (("weight_decay",), "at least 0", lambda x: x >= 0),
+        (("clip_norm",), "a number above 0, or none", lambda x: x is None or x > 0),
+        (shares, "0 to 1", lambda x: 0 <= x <= 1),
+    ):
+        for name in names:
+            if not right(getattr(options, name)):
+                yield f"{name}: expected {what}, got {getattr(options, name)!r}"
+
+
+def _without_effect(options: Any) -> Iterator[str]:
+    """Options that are set and that the optimiser or the schedule does not read."""
+    for name, kind, readers in (
+        *((name, "optimiser", readers) for name, readers in _READERS.items()),
+        ("final_share", "schedule", ("linear", "cosine", "wsd")),
+        ("decay_share", "schedule", ("wsd",)),
+    ):
+        got, default = getattr(options, name), Optimisation.__dataclass_fields__[name].default
+        if got != default and getattr(options, kind) not in readers:
+            yield (
+                f"{name}: expected it to be left out, as {kind}={getattr(options, kind)!r} does "
+                f"not use it, got {got!r}; it is for {', '.join(readers)}"
+            )
+
+
 _clip = optax.clip_by_global_norm
-
-
-# Learning rates ----------------------------------------------------------------------------------
-
-
-def _constant(options: Optimisation, steps: int):
-    return optax.constant_schedule(options.learning_rate)
-
-
-def _linear(options: Optimisation, steps: int):
-    rate = options.learning_rate
-    return optax.linear_schedule(rate, options.final_share * rate, steps)
-
-
-def _cosine(options: Optimisation, steps: int):
-    return optax.cosine_decay_schedule(options.learning_rate, steps, options.final_share)
-
-
-def _wsd(options: Optimisation, steps: int):
-    falling = min(steps, max(1, round(options.decay_share * options.all_steps)))
-    rate = options.learning_rate
-    fall = optax.linear_schedule(rate, options.final_share * rate, falling)
-    return optax.join_schedules([optax.constant_schedule(rate), fall], [steps - falling])
-
-
-_SHAPES = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _wsd}
 
 
 # What makes an update of a gradient --------------------------------------------------------------
@@ -193,6 +212,15 @@ _CORES: Mapping[str, Callable[[Optimisation], list[Part]]] = {
     "muon": _muon_parts,
     "sgd": _sgd_parts,
 }
+
+
+_READERS: Mapping[str, tuple[str, ...]] = {
+    "beta1": ("adamw", "muon", "sgd"),
+    "beta2": ("adamw", "muon"),
+    "eps": ("adamw", "muon"),
+    "muon_beta": ("muon",),
+    "mu_dtype": ("adamw", "muon", "sgd"),
+}  # of options, the optimisers that read them; Muon moves what is no matrix as Adam
 
 
 def _is_matrix_kernel(path: tuple) -> bool:

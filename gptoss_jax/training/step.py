@@ -28,14 +28,14 @@ from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.shapes import Array
 from gptoss_jax.sharding import Placement
 from gptoss_jax.training.batch import Batch
-from gptoss_jax.training.loss import CHUNK, Sums, check_rows, loss_sums
+from gptoss_jax.training.loss import CHUNK, Sums, loss_sums
 from gptoss_jax.training.optimisers import Optimisation
-from gptoss_jax.training.prefixed import PrefixedBatch
+from gptoss_jax.training.placing import AnyBatch, in_parts, in_whole_parts, put, rows_lie
+from gptoss_jax.training.rates import Rates, rate_after
 from gptoss_jax.training.rounding import round_experts
 from gptoss_jax.training.router import Routes, routes
 
 Kind = type[nnx.Variable]  # nnx.Param is everything, adapters too; nnx.LoRAParam is these alone
-AnyBatch = Batch | PrefixedBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,7 @@ class Step:
         trainable: Kind = nnx.Param,
         options: StepOptions = StepOptions(),
     ):
+        _check_optimisation(optimisation)
         self.optimisation, self.options, self.trainable = optimisation, options, trainable
         self.config, self.where = model.config, model.placement
         self._original, trained, self.frozen = nnx.split(model, trainable, ...)
@@ -127,17 +128,24 @@ class Step:
 
     def __call__(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Numbers]:
         """The next state, and the numbers of this step. The old state's buffers are donated."""
-        return self.program(state, self.frozen, self.put(batch))
+        return self.program(state, self.frozen, self.put(batch), self.rates)
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """What the program is told of the learning rate."""
+        return self.optimisation.rates()
 
     @property
     def program(self) -> Any:
-        """The jitted step, for the kernels that are wanted now.
+        """The jitted step, for the kernels that are wanted now: of a state, what is frozen, a batch
+        and the rates.
 
         Kept here, too: to look it up in a cache takes a hash of the graph, a millisecond a step.
         """
         here = trace_context()
         if here not in self._programs:
-            kinds = self.optimisation, self.options, self.where, self._dtypes
+            core = self.optimisation.without_rates()
+            kinds = core, self.options, self.where, self._dtypes
             leaves, tree = self._lies
             window = self.config.sliding_window
             made = _step_program(self._graph, *kinds, window, tuple(leaves), tree)
@@ -145,16 +153,21 @@ class Step:
         return self._programs[here]
 
     def evaluate(self, state: TrainState, batch: AnyBatch) -> Sums:
-        """The loss of a batch of any size, which is not trained on."""
-        options = dataclasses.replace(self.options, micro_batches=1)
-        batch = put(batch, self.where, 1)
-        program = _evaluation(self._graph, options, self.where, self._dtypes)
-        return program(state.params, self.frozen, batch)
+        """The loss of a batch of any size, which is not trained on, in parts of the size of those
+        that are."""
+        return self._in_parts(_evaluation, state, batch)
 
     def routes(self, state: TrainState, batch: Batch) -> Routes:
         """Which experts the tokens of packed rows go to."""
-        program = _routes_program(self._graph, self.options, self.where, self._dtypes)
-        return program(state.params, self.frozen, put(batch, self.where, 1))
+        return self._in_parts(_routes_program, state, batch)
+
+    def _in_parts(self, program_of: Callable[..., Any], state: TrainState, batch: AnyBatch) -> Any:
+        parts = 1
+        if isinstance(batch, Batch):
+            batch, parts = in_whole_parts(batch, self.where, self.options.micro_batches)
+        options = dataclasses.replace(self.options, micro_batches=parts)
+        program = program_of(self._graph, options, self.where, self._dtypes)
+        return program(state.params, self.frozen, put(batch, self.where, parts))
 
     def put(self, batch: AnyBatch) -> AnyBatch:
         """A batch where the step wants it, so that it can be on its way before its turn."""
@@ -179,22 +192,34 @@ class Step:
     def lowered(self, num_rows: int, length: int) -> jax.stages.Lowered:
         """The program for packed rows, which needs no arrays: the model may be an abstract one, and
         what in it says already how it lies is left so."""
-        frozen, parts = self.frozen, self.options.micro_batches
+        given = self._abstract_frozen(), self._abstract_rows(num_rows, length)
+        return self.program.lower(self.abstract_state(), *given, self.rates)
+
+    def lowered_evaluation(self, num_rows: int, length: int) -> jax.stages.Lowered:
+        """The program of `evaluate`, in the same way."""
+        program = _evaluation(self._graph, self.options, self.where, self._dtypes)
+        given = self._abstract_frozen(), self._abstract_rows(num_rows, length)
+        return program.lower(self.abstract_state().params, *given)
+
+    def _abstract_rows(self, num_rows: int, length: int) -> Batch:
+        parts = self.options.micro_batches
         rows = np.zeros((num_rows, length), np.int32)
-        like = _in_parts(rows, parts, self.where.size("batch") if self.where else 1)
-        lies = self.where and _rows_lie(self.where, parts)
+        like = in_parts(rows, parts, self.where.size("batch") if self.where else 1)
+        lies = self.where and rows_lie(self.where, parts)
         ids: Any = jax.ShapeDtypeStruct(like.shape, jnp.int32, sharding=lies)
         weights: Any = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=lies)
         kept = Batch(tokens=rows, positions=rows, segments=rows, weights=rows.astype(np.float32))
-        batch = jax.tree.unflatten(jax.tree.structure(kept), [ids, ids, ids, weights])
-        if self.where is not None:
-            leaves, tree = jax.tree.flatten(frozen)
-            specs = leaf_specs(frozen, self.where)
-            shardings = [NamedSharding(self.where.mesh, spec) for spec in specs]
-            there = map(_described, leaves, shardings)
-            lying = [x if x.sharding else like for x, like in zip(leaves, there, strict=True)]
-            frozen = jax.tree.unflatten(tree, lying)
-        return self.program.lower(self.abstract_state(), frozen, batch)
+        return jax.tree.unflatten(jax.tree.structure(kept), [ids, ids, ids, weights])
+
+    def _abstract_frozen(self) -> Any:
+        if self.where is None:
+            return self.frozen
+        leaves, tree = jax.tree.flatten(self.frozen)
+        specs = leaf_specs(self.frozen, self.where)
+        shardings = [NamedSharding(self.where.mesh, spec) for spec in specs]
+        there = map(_described, leaves, shardings)
+        lying = [x if x.sharding else like for x, like in zip(leaves, there, strict=True)]
+        return jax.tree.unflatten(tree, lying)
 
     def _abstract(self) -> TrainState:
         return jax.eval_shape(self._begin, self._trained)
@@ -216,6 +241,15 @@ class Step:
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
         return jax.tree.unflatten(tree, shardings)
+
+
+def _check_optimisation(optimisation: Any) -> None:
+    if not isinstance(optimisation, Optimisation):
+        raise ValueError(
+            f"optimisation: expected an Optimisation, got {type(optimisation).__name__}; write "
+            "optimisers.Optimisation(learning_rate=1e-3, steps=100, optimiser='adamw'), which has "
+            "its schedule, clipping and decay, too"
+        )
 
 
 def _check_trained(model: Transformer, trainable: Kind, trained: Any) -> None:
@@ -252,62 +286,6 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-# Batches on their way to the devices -------------------------------------------------------------
-
-
-def put(batch: AnyBatch, where: Placement | None, parts: int) -> AnyBatch:
-    """Rows where they are trained on, in several parts if there are more than one.
-
-    Each device takes its own rows from what its process has, so a process may leave others empty.
-    """
-    if isinstance(batch, PrefixedBatch):
-        if parts > 1:
-            raise ValueError(
-                f"micro_batches: expected 1 for rows with shared beginnings, got {parts}; these "
-                "cannot be divided"
-            )
-        return batch
-    if isinstance(batch.tokens, jax.Array) and _lies_so(batch.tokens, where, parts):
-        return batch
-    num_rows = batch.tokens.shape[0]
-    devices = where.size("batch") if where else 1
-    if num_rows % parts:
-        raise ValueError(
-            f"micro_batches: expected a divisor of the {num_rows} rows of a batch, got {parts}"
-        )
-    check_rows(num_rows // parts, where, "batch" if parts == 1 else "part of a batch")
-
-    def put_rows(x):
-        x = _in_parts(np.asarray(x), parts, devices)
-        if where is None:
-            return jnp.asarray(x)
-        return jax.make_array_from_callback(x.shape, _rows_lie(where, parts), lambda i: x[i])
-
-    return jax.tree.map(put_rows, batch)
-
-
-def _lies_so(x: jax.Array, where: Placement | None, parts: int) -> bool:
-    """Whether this was done before."""
-    if x.ndim != (2 if parts == 1 else 3):
-        return False
-    return where is None or x.sharding.is_equivalent_to(_rows_lie(where, parts), x.ndim)
-
-
-def _in_parts(x: np.ndarray, parts: int, devices: int) -> np.ndarray:
-    """[B T] -> [parts, B / parts, T] so that all parts of a device's rows stay with it.
-
-    rows of devices a and b, in two parts:   a0 a1 b0 b1  ->  a0 b0 | a1 b1
-    """
-    if parts == 1:
-        return x
-    split = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-    return split.reshape(parts, -1, *x.shape[1:])
-
-
-def _rows_lie(where: Placement, parts: int) -> NamedSharding:
-    return where.sharding("batch") if parts == 1 else where.sharding(None, "batch")
-
-
 # Programs ----------------------------------------------------------------------------------------
 
 
@@ -316,7 +294,6 @@ def _step_program(
     graph, optimisation, options: StepOptions, where, dtypes, window, shardings, tree
 ):
     """The jitted step of one model structure; without shardings jax decides where results lie."""
-    optimiser = optimisation.build()
     see = functools.partial(_seen, options, where, dtypes)
 
     def gradient_of(params, frozen, batch) -> tuple[Any, tuple[Sums, Counts]]:
@@ -329,15 +306,18 @@ def _step_program(
         (_, sums), gradient = jax.value_and_grad(nats, has_aux=True)(params)
         return gradient, (sums, _counts(batch, window))
 
-    def step(state: TrainState, frozen: Any, batch: AnyBatch) -> tuple[TrainState, Numbers]:
+    def step(
+        state: TrainState, frozen: Any, batch: AnyBatch, rates: Rates
+    ) -> tuple[TrainState, Numbers]:
         one = functools.partial(gradient_of, state.params, frozen)
         gradient, (sums, counts) = _summed(one, batch) if options.micro_batches > 1 else one(batch)
         gradient = jax.tree.map(lambda g: g / sums.divisor(), gradient)
         norm = optax.tree.norm(gradient)
         groups = _group_norms(gradient) if options.group_norms else {}
         balance = sums.balance / sums.divisor()
+        rate = rate_after(rates, state.moments["rate"].count)
+        optimiser = optimisation.build(lambda _: rate)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its step count with floats
-            rate = jnp.float32(optimisation.rate(state.moments["rate"].count))
             updates, moments = optimiser.update(gradient, state.moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         numbers = Numbers(sums.mean(), sums.weight, balance, norm, rate, counts, groups)
@@ -351,8 +331,11 @@ def _step_program(
 @program_cache(maxsize=4)
 def _evaluation(graph, options: StepOptions, where: Placement | None, dtypes):
     def evaluate(params, frozen, batch) -> Sums:
-        model = nnx.merge(graph, _seen(options, where, dtypes, params), frozen)
-        return loss_sums(model, batch, chunk=options.loss_chunk)
+        def one(part) -> Sums:
+            model = nnx.merge(graph, _seen(options, where, dtypes, params), frozen)
+            return loss_sums(model, part, chunk=options.loss_chunk)
+
+        return _summed(one, batch) if options.micro_batches > 1 else one(batch)
 
     return jax.jit(in_this_context(evaluate), out_shardings=where and where.sharding())
 
@@ -360,8 +343,15 @@ def _evaluation(graph, options: StepOptions, where: Placement | None, dtypes):
 @program_cache(maxsize=4)
 def _routes_program(graph, options: StepOptions, where: Placement | None, dtypes):
     def run(params, frozen, batch: Batch) -> Routes:
-        model = nnx.merge(graph, _seen(options, where, dtypes, params), frozen)
-        return routes(model, batch.tokens, batch.positions, batch.segments)
+        def one(part: Batch) -> tuple[Routes, Array]:
+            """Sums over tokens, and how many these are."""
+            model = nnx.merge(graph, _seen(options, where, dtypes, params), frozen)
+            means: Any = routes(model, part.tokens, part.positions, part.segments)
+            count = (part.positions >= 0).sum().astype(jnp.float32)
+            return jax.tree.map(lambda mean: mean * count, means), count
+
+        sums, count = _summed(one, batch) if options.micro_batches > 1 else one(batch)
+        return jax.tree.map(lambda sum_: sum_ / jnp.maximum(count, 1.0), sums)
 
     return jax.jit(in_this_context(run), out_shardings=where and where.sharding())
 
@@ -386,13 +376,13 @@ def _seen(options: StepOptions, where: Placement | None, dtypes, params: Any) ->
     return _in_dtypes(dtypes, params)
 
 
-def _summed(gradient_of: Callable[[AnyBatch], Any], batch: AnyBatch) -> Any:
+def _summed(of_part: Callable[[Any], Any], batch: AnyBatch) -> Any:
     """Over the parts of a batch, one after the other."""
     first = jax.tree.map(lambda x: x[0], batch)
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, first))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, first))
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient_of(part)), None
+        return jax.tree.map(jnp.add, total, of_part(part)), None
 
     return jax.lax.scan(add, start, batch)[0]
 

@@ -148,12 +148,78 @@ def test_the_moments_may_be_narrow():
 )
 def test_learning_rates(schedule, expected):
     """Two steps of warm-up, eight towards a fifth; the last two of these for `wsd`."""
+    falls = {} if schedule == "constant" else {"final_share": 0.2}
+    falls |= {"decay_share": 0.2} if schedule == "wsd" else {}
     made = Optimisation(
-        steps=10, learning_rate=1.0, schedule=schedule, warmup_steps=2, final_share=0.2,
-        decay_share=0.2,
+        steps=10, learning_rate=1.0, schedule=schedule, warmup_steps=2, **falls
     )  # fmt: skip
 
     np.testing.assert_allclose([made.rate(step) for step in range(10)], expected, atol=1e-5)
+
+
+SCHEDULES = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.01 * rate, steps),
+    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps, 0.01),
+    "wsd": lambda rate, steps: optax.join_schedules(
+        [optax.constant_schedule(rate), optax.linear_schedule(rate, 0.01 * rate, 30)], [steps - 30]
+    ),
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 17])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rates_are_those_of_optax(schedule, warmup):
+    made = Optimisation(steps=300, learning_rate=3e-4, schedule=schedule, warmup_steps=warmup)
+    like = SCHEDULES[schedule](3e-4, 300 - warmup)
+    if warmup:
+        rise = optax.linear_schedule(0.0, 3e-4, warmup)
+        like = optax.join_schedules([rise, like], [warmup])
+
+    steps = jnp.arange(400)
+    found = jax.vmap(made.rate)(steps)
+
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(found, jax.vmap(like)(steps), rtol=2e-7, atol=3e-11)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "expected"), [(0.04, 500, 20), (0.04, 5, 0), (0.5, 5, 2), (1.0, 7, 7)]
+)
+def test_a_warm_up_may_be_a_share_of_all_steps(share, steps, expected):
+    like = options(steps=steps, warmup_steps=expected)
+
+    made = options(steps=steps, warmup_share=share)
+
+    assert made.rates() == like.rates()
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "readers"),
+    [
+        ({"optimiser": "adamw", "muon_beta": 0.9}, "muon_beta", "muon"),
+        ({"optimiser": "sgd", "beta2": 0.98}, "beta2", "adamw, muon"),
+        ({"optimiser": "sgd", "eps": 1e-6}, "eps", "adamw, muon"),
+        ({"optimiser": "adafactor", "beta1": 0.8}, "beta1", "adamw, muon, sgd"),
+        ({"optimiser": "adafactor", "mu_dtype": "bfloat16"}, "mu_dtype", "adamw, muon, sgd"),
+        ({"schedule": "constant", "final_share": 0.1}, "final_share", "linear, cosine, wsd"),
+        ({"schedule": "cosine", "decay_share": 0.2}, "decay_share", "wsd"),
+    ],
+)
+def test_an_option_without_effect_is_a_mistake(fields, name, readers):
+    kind = next(key for key in ("optimiser", "schedule") if key in fields)
+    with pytest.raises(ValueError) as caught:
+        options(**fields)
+
+    assert str(caught.value) == (
+        f"{name}: expected it to be left out, as {kind}={fields[kind]!r} does not use it, got "
+        f"{fields[name]!r}; it is for {readers}"
+    )
+
+
+def test_a_warm_up_is_given_once():
+    with pytest.raises(ValueError, match=r"^warmup_share: .* beside warmup_steps=2, got 0.1"):
+        options(warmup_steps=2, warmup_share=0.1)
 
 
 def test_all_mistakes_at_once():

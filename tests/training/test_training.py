@@ -255,3 +255,16 @@ def test_experts_are_seen_rounded_but_learn_as_if_they_were_not(model):
     assert not np.array_equal(before["down"]["kernel"], after["down"]["kernel"])
     assert np.array_equal(before["router"]["kernel"], after["router"]["kernel"])
     assert np.array_equal(slope["down"]["kernel"], 2 * after["down"]["kernel"])
+
+
+def test_a_loss_is_differentiated_as_it_is(model, batch):
+    """By nnx, which cannot give keywords; the same as jax makes of a function of the state."""
+    value, gradient = nnx.value_and_grad(next_token_loss)(model, batch)
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    loss = lambda params: next_token_loss(nnx.merge(graph, params, rest), batch)  # noqa: E731
+    expected, by_params = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-7), gradient, by_params
+    )
