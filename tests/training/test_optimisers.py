@@ -148,7 +148,7 @@ def test_the_moments_may_be_narrow():
 )
 def test_learning_rates(schedule, expected):
     """Two steps of warm-up, eight towards a fifth; the last two of these for `wsd`."""
-    falls = {} if schedule == "constant" else {"final_share": 0.2}
+    falls: dict[str, Any] = {} if schedule == "constant" else {"final_share": 0.2}
     falls |= {"decay_share": 0.2} if schedule == "wsd" else {}
     made = Optimisation(
         steps=10, learning_rate=1.0, schedule=schedule, warmup_steps=2, **falls

@@ -22,7 +22,12 @@ OPTIMISATION = Optimisation(steps=6, learning_rate=1e-2)
 
 def test_another_rate_or_length_compiles_nothing():
     """And the numbers are those of a program that knew them: the rates of each step by hand."""
-    others = {"learning_rate": 2e-3, "steps": 9, "schedule": "linear", "warmup_steps": 3}
+    others: dict[str, Any] = {
+        "learning_rate": 2e-3,
+        "steps": 9,
+        "schedule": "linear",
+        "warmup_steps": 3,
+    }
     first = Optimisation(learning_rate=1e-3, steps=5, clip_norm=0.5)
     second = dataclasses.replace(first, **others)
     model = random_model(ONE_LAYER)
