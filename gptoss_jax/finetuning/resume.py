@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from gptoss_jax.finetuning.options import TABLES, FinetuneRun
 from gptoss_jax.training.data import DataOptions, check_resume
 from gptoss_jax.training.optimisers import Optimisation
@@ -154,7 +156,8 @@ def _same_rates(of_rates: list[Change], before: Mapping[str, Any], done: int) ->
         new = dataclasses.replace(old, **now)
     except (TypeError, ValueError):  # of another version, or one that needs another change, too
         return False
-    return all(old.rate(float(step)) == new.rate(float(step)) for step in range(done))
+    steps = np.arange(done)
+    return bool(np.allclose(old.rate(steps), new.rate(steps), rtol=1e-6, atol=0))
 
 
 def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:

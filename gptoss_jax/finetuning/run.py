@@ -256,7 +256,7 @@ def _with_steps(run: FinetuneRun, training: Batches, say: Callable[[str], None])
         optimisation = dataclasses.replace(run.optimisation, steps=there)
         return dataclasses.replace(run, optimisation=optimisation)
     if there is not None and there < given:
-        rate = float(run.optimisation.rate(float(there - 1)))
+        rate = float(run.optimisation.rate(there - 1))
         say(
             f"data: data.epochs={run.data.epochs} ends after {there} of optimisation.steps={given} "
             f"steps, when the rate is {rate:.3g}; leave one of the two out to have it fall to its "
@@ -310,11 +310,12 @@ def _advised(store: CheckpointStore) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        store.wait()
+        step = store.latest()
+        where = "begins anew" if step is None else f"goes on from step {step}"
         raise FloatingPointError(
-            f"{error}; the same command would come to it again. From step {store.latest() or 0} on "
-            "the run can go on with another optimisation.learning_rate, clip_norm or warm-up, if "
-            "you accept_changes (on the command line --accept-changes)"
+            f"{error}; the run {where}, and comes to it again unless optimisation.learning_rate, "
+            "clip_norm or the warm-up are others: accept_changes, on the command line "
+            "--accept-changes, lets them count from there"
         ) from error
 
 

@@ -30,8 +30,9 @@ class Rates(NamedTuple):
         return cls(*np.array(numbers, np.float32))
 
 
-def rate_after(rates: Rates, step: Any) -> Float[Array, ""]:
-    """The rate of the step that follows this many; any of the numbers may be traced.
+def rate_after(rates: Rates, step: Any) -> Float[Array, "..."]:
+    """The rate of the step that follows this many, or of each of several; any of the numbers may be
+    traced.
 
     With a peak of 1, warm-up 2, steady 3, falling 4, last 0 and a straight line:
     0, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0, ...

@@ -30,6 +30,7 @@ from gptoss_jax.training.manifest import (
     check_manifest,
     files_fit,
     flush_folder,
+    strangers,
     write_file,
     write_manifest,
 )
@@ -41,6 +42,7 @@ except ImportError:  # not on Windows
 
 T = TypeVar("T")
 
+NOT_FINITE = ".not-finite"  # what followed this step was
 FACTS, LOCK = "facts.json", ".lock"
 MESSAGE = 500  # characters of an error of a library
 STEP = re.compile(r"step-(\d{8,})")
@@ -179,6 +181,19 @@ class CheckpointStore:
             return None if step is None else _read_facts(self._path(step))["facts"]
         except (OSError, ValueError, LookupError):
             return None
+
+    def set_aside(self, step: int) -> None:
+        """Let a checkpoint be none of the run's, under another name; one that was before it in that
+        place is removed."""
+
+        def move() -> None:
+            path = self._path(step, NOT_FINITE)
+            if path.exists():
+                shutil.rmtree(path)
+            self._path(step).rename(path)
+
+        self.wait()
+        together(lambda: move() if is_first() else None, f"checkpoint of step {step}")
 
     def steps(self) -> list[int]:
         """Those that are complete, oldest first."""
@@ -362,9 +377,11 @@ class CheckpointStore:
         return found
 
     def _restored(self, step: int, like: T, reports: list[str]) -> Restored[T]:
+        path = self._path(step)
         if reports and is_first():
             self._say(f"checkpoint: {'; '.join(reports)}; step {step} is used instead")
-        path = self._path(step)
+        if is_first() and (others := strangers(path)):
+            self._say(f"{path}: {_shown(others)} came later, and does not matter")
         state = checkpoint.restore(path / "state", like)
         return Restored(step, state, _read_facts(path)["facts"])
 

@@ -50,6 +50,8 @@ class Store(Protocol):
 
     def wait(self) -> None: ...
 
+    def set_aside(self, step: int) -> None: ...
+
 
 class Best(NamedTuple):
     """The evaluation that was better than all before it."""
@@ -99,7 +101,8 @@ def train(
     run must not go on with others. A run that a hook has stopped has ended, and does so again when
     it is resumed, unless it is told to `go_on`. `folder` is where hooks write, and where a batch is
     kept whose loss is not finite: that stops the run with FloatingPointError, the parameters as
-    they were, and saved.
+    they were. A checkpoint of these is set aside, as they may be to blame: the run goes on from the
+    one before.
 
     A checkpoint is written every so many steps, at the end, and, if the store keeps the best ones,
     whenever a hook has set a `run.metric` better than all before. SIGTERM or SIGINT lets the step
@@ -237,7 +240,7 @@ class _Loop:
         return _Next(batch, self.stepper.put(batch), get_state and get_state())
 
     def _not_finite(self, run: Run, numbers: Numbers, batch: AnyBatch) -> NoReturn:
-        """Save what there was before this step, keep the batch, and raise."""
+        """Keep the batch, distrust a checkpoint of the step before, and raise."""
         kept = "give a folder to have its batch kept"
         if run.folder is not None:
             which = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
@@ -246,8 +249,9 @@ class _Loop:
             arrays: dict[str, Any] = {name: np.asarray(getattr(batch, name)) for name in fields}
             np.savez(path, **arrays)
             kept = f"its batch is in {path}"
-        if run.step > self.saved:
-            self._save(run)
+        doubtful = run.step and run.step == self.saved
+        if self.store is not None and self._written(run, self.store.wait) and doubtful:
+            self.store.set_aside(run.step)
         raise FloatingPointError(
             f"loss: expected a finite number, got {numbers.loss} with a gradient of norm "
             f"{numbers.grad_norm} at step {run.step + 1}; the parameters are those of step "

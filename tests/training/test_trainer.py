@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -24,6 +25,7 @@ from small_runs import (
     random_model,
 )
 
+from gptoss_jax.training import hooks
 from gptoss_jax.training.hooks import Hook
 from gptoss_jax.training.signals import SafeStop
 from gptoss_jax.training.step import Step, StepOptions, TrainState
@@ -63,6 +65,7 @@ class FakeStore:
     def __init__(self, every: int = 100, full_from: int = 100, keep_best: int = 0):
         self.options = CheckpointOptions(every=every, keep_best=keep_best)
         self.full_from, self.kept, self.best = full_from, {}, []
+        self.aside: tuple = ()
 
     def save(self, step, state, facts, *, metric=None, best=None):
         self.best.append(best)
@@ -78,6 +81,9 @@ class FakeStore:
 
     def wait(self):
         pass
+
+    def set_aside(self, step):
+        self.aside = step, self.kept.pop(step)
 
 
 class At(Hook):
@@ -243,6 +249,22 @@ def test_a_loss_that_is_not_finite(model, tmp_path):
     assert all(np.array_equal(kept[name], getattr(bad, name)) for name in kept)
 
 
+def test_the_checkpoint_before_a_loss_that_is_not_finite(model):
+    """Its parameters may be to blame: the run goes on from the one before."""
+    good, bad = next(Batches()), packed_batch(208, seed=9)
+    bad.weights[4, 2] = np.inf
+    store = FakeStore(every=1)
+
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        run(model, batches=iter([good, good, bad]), store=store)
+
+    assert (*store.kept, store.aside[0]) == (1, 2)
+    late = FakeStore(every=100)  # nothing to distrust
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        run(model, batches=iter([good, good, bad]), store=late)
+    assert not late.kept
+
+
 def test_a_run_that_is_taken_up_again(model, whole):
     """At every step, it ends as if nothing had happened."""
     outcome, losses = whole
@@ -262,6 +284,118 @@ def test_a_run_that_is_taken_up_again(model, whole):
     again = run(model, store=store)
     assert (again.step, again.reason) == (4, "all steps are done")
     check_same_bits(again.state, outcome.state)
+
+
+def test_a_run_that_a_hook_has_stopped_has_ended(model):
+    """Also after a kill between its last checkpoint and its end."""
+    store = FakeStore(every=1)
+    run(model, At(2, lambda run: run.stop("enough")), store=store)
+
+    again = run(model, store=store)
+
+    assert (again.step, again.reason, *store.kept) == (2, "enough", 1, 2)
+    assert again.metrics["loss"] > 0
+    assert run(model, store=store, go_on=True).step == 4
+
+
+def measuring(*metrics):
+    """Hooks that set `run.metric` after each step."""
+    by_step = dict(enumerate(metrics, start=1))
+
+    class Measures(Hook):
+        def on_step(self, run):
+            run.metric = by_step[run.step]
+            run.evaluation = {"score": by_step[run.step]}
+
+    return Measures()
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "metrics", "saved", "best"),
+    [
+        (1, (3.0, 2.0, 5.0, 2.0), [1, 2, 4], 2),  # of equal ones the first
+        (1, (3.0, math.nan, 2.5, 9.0), [1, 3, 4], 3),
+        (0, (3.0, 2.0, 5.0, 6.0), [4], 2),
+        (1, (np.float32(3.0), jnp.float32(2.0), 2.0, 2.0), [1, 2, 4], 2),
+    ],
+)
+def test_the_best_is_saved_when_it_is_measured(model, keep_best, metrics, saved, best):
+    """Out of turn, and the store is told which step is to stay."""
+    store = FakeStore(keep_best=keep_best)
+
+    outcome = run(model, measuring(*metrics), store=store)
+
+    assert outcome.best == (best, float(metrics[best - 1]))
+    assert [*store.kept] == saved
+    assert store.best[-1] == best
+
+
+def test_the_best_is_known_after_a_resume(model):
+    store = FakeStore(keep_best=1)
+    run(model, measuring(1.0, 2.0, 2.0, 2.0), At(2, lambda run: run.stop("enough")), store=store)
+
+    outcome = run(model, measuring(9.0, 9.0, 1.5, 2.0), store=store, go_on=True)
+
+    assert outcome.best == (1, 1.0)
+
+
+def test_a_signal_at_the_last_step(model, whole):
+    """What is owed there is made up for when the run is started again, and then it is done."""
+    asked = []
+
+    class Owes(Hook):
+        owed = False
+
+        def on_start(self, run):
+            if self.owed:
+                asked.append("made up")
+
+        def on_step(self, run):
+            if run.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+                self.owed = run.stopping()
+
+        def get_state(self):
+            return {"owed": self.owed}
+
+        def set_state(self, state):
+            self.owed = state["owed"]
+
+    store = FakeStore()
+    outcome = run(model, Owes(), store=store)
+    assert (outcome.interrupted, outcome.step, *store.kept) == (True, 4, 4)
+
+    again = run(model, Owes(), store=store)
+
+    assert (again.interrupted, again.reason, asked) == (False, "all steps are done", ["made up"])
+    check_same_bits(again.state, whole[0].state)
+
+
+@pytest.mark.parametrize("value", ["text", jnp.ones(3), None], ids=["text", "array", "nothing"])
+def test_metrics_are_numbers(model, value):
+    """An error names the hook and the metric."""
+
+    def measure(run):
+        run.metrics["norm"] = value
+
+    with pytest.raises(ValueError, match=r"hook \S*At: metrics: expected a number for 'norm', got"):
+        run(model, At(1, measure))
+
+
+def test_two_hooks_of_one_name(model):
+    """Both are called, and each has its own state."""
+
+    class Evaluation(Hook):
+        calls = 0
+
+        def on_step(self, run):
+            self.calls += 1
+
+    ours, theirs = hooks.Evaluation([packed_batch(208)], every=2), Evaluation()
+    outcome = run(model, ours, theirs)
+
+    assert theirs.calls == 4
+    assert "held_out_loss" in outcome.metrics
 
 
 def test_a_run_that_must_not_go_on(model):
