@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         stream_chat,
     )
     from gptoss_jax.device import use_kernels
+    from gptoss_jax.finetuning.options import FinetuneRun
+    from gptoss_jax.finetuning.run import finetune
     from gptoss_jax.generation import generate, tokenizer_of
     from gptoss_jax.harmony import FunctionTool, Message, Tokenizer, ToolNamespace
     from gptoss_jax.inference.finite import NotFiniteError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from gptoss_jax.model.transformer import Transformer
     from gptoss_jax.mxfp4 import Mxfp4
     from gptoss_jax.sharding import Placement, make_mesh
+    from gptoss_jax.training.hooks import Hook
     from gptoss_jax.weights.describe import describe
     from gptoss_jax.weights.export import export
     from gptoss_jax.weights.fingerprint import fingerprint
@@ -56,6 +59,10 @@ __all__ = [
     "Tokenizer",
     "tokenizer_of",
     "NotFiniteError",
+    # fine-tuning
+    "finetune",
+    "FinetuneRun",
+    "Hook",
     # the model
     "ModelConfig",
     "Transformer",
@@ -74,6 +81,8 @@ _HOMES = {
     "chat": "conversation",
     "stream_chat": "conversation",
     "use_kernels": "device",
+    "FinetuneRun": "finetuning.options",
+    "finetune": "finetuning.run",
     "generate": "generation",
     "tokenizer_of": "generation",
     "FunctionTool": "harmony",
@@ -86,6 +95,7 @@ _HOMES = {
     "Transformer": "model.transformer",
     "Mxfp4": "mxfp4",
     "make_mesh": "sharding",
+    "Hook": "training.hooks",
     "describe": "weights.describe",
     "export": "weights.export",
     "fingerprint": "weights.fingerprint",

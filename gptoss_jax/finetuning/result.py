@@ -8,7 +8,6 @@ kept beside it.
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.manifest import flush_folder
 from gptoss_jax.weights.adapters import Base, open_adapter, save_adapter
 from gptoss_jax.weights.export import export
+from gptoss_jax.weights.new_folder import flush_file
 
 RECORD = "training.json"
 WRITING = ".writing"
@@ -93,8 +93,7 @@ def _finish(run, model, folder: Path, partial: Path, record: Mapping[str, Any], 
         tokenizer_of(model).save(partial)
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_file(path)
     flush_folder(partial)
     if folder.exists():
         kept = _free_name(folder)

@@ -104,6 +104,7 @@ class CheckpointStore:
         self._saving: threading.Thread | None = None
         self._error: OSError | None = None
         self._lock: IO | None = None
+        self._made: list[Path] = []  # folders, the innermost first
         self._best: int | None = None  # a step that is to stay
 
     def lock(self) -> None:
@@ -300,6 +301,7 @@ class CheckpointStore:
         """Until it is closed, or the process ends in any way."""
         if self._lock is not None:
             return
+        self._made += [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             return
@@ -322,13 +324,15 @@ class CheckpointStore:
             self._lock_folder()
 
     def _unlock(self) -> None:
-        """A folder in which nothing came to be is gone again."""
+        """Folders that were made, and in which nothing came to be, are gone again."""
         lock, self._lock = self._lock, None
         if lock is None:
             return
-        if os.listdir(self.folder) == [LOCK]:
+        if self._made and os.listdir(self.folder) == [LOCK]:
             (self.folder / LOCK).unlink()
-            self.folder.rmdir()
+            with contextlib.suppress(OSError):  # one that has something in it
+                for path in self._made:
+                    path.rmdir()
         lock.close()
 
     def _set_aside(self, damaged: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.folders import user_folder
+from gptoss_jax.model.adapter import adapters
 from gptoss_jax.model.inputs import described
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import INDEX, pieces
@@ -100,6 +101,12 @@ def _check_arguments(
         raise ValueError(
             f"model: expected a Transformer, got {described(model)}; gptoss_jax.load(FOLDER) makes "
             "one"
+        )
+    if found := adapters(model):
+        raise ValueError(
+            f"model: expected one without adapters, got {len(found)}, from {min(found)} on; "
+            "weights.adapters.save_adapter writes them, and load(..., adapter=FOLDER) puts them on "
+            "their base"
         )
     if experts not in ("packed", "bf16"):
         raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")

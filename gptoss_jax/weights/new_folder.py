@@ -5,6 +5,7 @@ Knows nothing of what is in it.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,10 +28,16 @@ class NewFolder:
         if not self._made and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(
                 f"folder: expected a new or empty folder, got {str(self.folder)!r}, which has "
-                "something in it; nothing was written, choose another"
+                f"{self._contents()} in it; nothing was written, choose another"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
+
+    def _contents(self) -> str:
+        left = [path.name for path in self.folder.glob(f"*{PARTIAL}")]
+        if not left:
+            return "something"
+        return f"{min(left)}, as of a process that was killed while it wrote,"
 
     def file(self, name: str) -> Path:
         """Where to write what will be called `name`."""
@@ -38,6 +45,9 @@ class NewFolder:
         return self.folder / (name + PARTIAL)
 
     def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            for name in self._names:
+                flush_file(self.folder / (name + PARTIAL))
         for name in self._names:
             partial = self.folder / (name + PARTIAL)
             if kind is None:
@@ -46,6 +56,12 @@ class NewFolder:
                 partial.unlink(missing_ok=True)
         if kind is not None and self._made:
             self.folder.rmdir()
+
+
+def flush_file(path: Path) -> None:
+    """Have what was written to a file on the disk, before its name says that it is whole."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def in_one_process(write: Callable[[], None], rows: Iterator) -> None:
