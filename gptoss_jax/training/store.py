@@ -226,15 +226,16 @@ class CheckpointStore:
     # Saving --------------------------------------------------------------------------------------
 
     def _started(self, step: int, state: Any) -> Callable[[], None]:
-        """What waits for the arrays; an OSError of one process is one of all."""
+        """What waits for the arrays. A mistake is one of all processes; what else goes wrong on one
+        of them is an OSError on each."""
         written, failed = None, None
         try:
             written = checkpoint.start_saving(self._path(step, ".writing") / "state", state)
-        except OSError as error:
-            failed = self._failed(step, error)
         except Exception as error:
-            self._failed(step, error)
-            raise
+            failed = self._failed(step, error)
+            alone = jax.process_count() == 1 and not isinstance(error, OSError)
+            if alone or isinstance(error, ValueError):
+                raise
         try:
             _raise_of_all(failed)
         except OSError:

@@ -497,6 +497,15 @@ if process == 1:
 store.save(3, {"noise": noise}, {})
 expect(OSError, store.wait)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+begin = checkpoint.ocp.AsyncCheckpointer.save
+def begun(*given, **named):
+    begin(*given, **named)  # where processes meet
+    full()
+
+if process == 1:  # one cannot begin to write
+    checkpoint.ocp.AsyncCheckpointer.save = begun
+expect(OSError, lambda: store.save(4, make(4.0), {}))
+checkpoint.ocp.AsyncCheckpointer.save = begin
 store.save(5, make(5.0), {"next": 50})
 store.close()
 print(json.dumps([found, said]))
@@ -512,15 +521,17 @@ def test_two_processes(tmp_path):
 
     assert [process.status for process in ended] == [0, 0], shown(ended)
     (first, said), (second, silent) = (json.loads(one.out.splitlines()[-1]) for one in ended)
-    for newest, different, before, damaged, unsaid, unwritten in (first, second):
+    for newest, different, before, damaged, unsaid, unwritten, unbegun in (first, second):
         assert newest == [3, 3, {"next": 30}]
         assert re.search("facts .* got .*0 on process 0 .*1 on process 1", different)
         assert before == [2, 2, {"next": 20}]
         assert re.search(r"got others; .*step-00000003 is damaged: state/.*: expected", damaged)
         assert re.search("step 3: expected to write it .* got no space; step 2 stays", unsaid)
         assert re.search("step 3: expected to write it .* got .*; step 2 stays", unwritten)
+        assert re.search("step 4: expected to write it .* got .*; step 2 stays", unbegun)
     assert unsaid.startswith("process 0 failed: checkpoint of step 3")
-    assert "Timed out" in first[-1] and "File too large" in second[-1]
+    assert "Timed out" in first[-2] and "File too large" in second[-2]
+    assert "no space" in second[-1]
     assert ["is damaged" in text for text in said] == [True]
     assert silent == []
     names = [f"step-0000000{step}" for step in ("2", "3.damaged", "5")]
