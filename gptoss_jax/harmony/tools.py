@@ -18,6 +18,11 @@ BUILTIN_NAMES = ("browser.search", "browser.open", "browser.find", "python")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_SCHEMA_DEPTH = 32  # nested schemas; the library gives up at about twice as many
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_LISTS_OF_SCHEMAS = ("items", "oneOf", "anyOf", "allOf", "prefixItems")
+_KEYWORDS = frozenset({"properties", "required", *_LISTS_OF_SCHEMAS})  # whose values are checked
+_TEXT = frozenset({str})
+_PLAIN_DEPTH = 16
+_PLAIN_NUMBER = 2**53
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def _function_problems(where: str, tools: Sequence[FunctionTool]) -> list[str]:
 
 
 def _parameter_problems(where: str, schema: Mapping[str, Any] | None) -> list[str]:
-    if schema is None:
+    if schema is None or is_plain(schema):
         return []
     if not isinstance(schema, Mapping):
         return [f"{where}: expected a JSON schema, got {schema!r}"]
@@ -141,6 +146,68 @@ def _parameter_problems(where: str, schema: Mapping[str, Any] | None) -> list[st
         except (TypeError, ValueError, RecursionError) as error:
             problems = [f"{where}: expected JSON values only, got one that is not ({error})"]
     return problems
+
+
+def is_plain_tool(tool: FunctionTool) -> bool:
+    """Whether one quick look finds that nothing is wrong with a tool and any prompt can show it."""
+    if type(tool.name) is not str or not _NAME.fullmatch(tool.name):
+        return False
+    return type(tool.description) is str and (tool.parameters is None or is_plain(tool.parameters))
+
+
+def is_plain(schema: object, depth: int = _PLAIN_DEPTH) -> bool:
+    """Whether one quick look finds a right schema of few levels and small numbers, as most are.
+
+    Nothing is wrong with it then, and any prompt can show it; of others neither is known.
+    """
+    if type(schema) is not dict or not depth:
+        return False
+    for key, value in schema.items():
+        if type(key) is not str:
+            return False
+        if key in _KEYWORDS:
+            if not _is_plain_keyword(key, value, depth - 1):
+                return False
+        elif type(value) is not str and not _is_plain_value(value, depth - 1):
+            return False
+    return True
+
+
+def _is_plain_keyword(key: str, value: Any, depth: int) -> bool:
+    if key == "properties" and type(value) is dict and _has_texts(value):
+        parts = value.values()
+    elif key == "required":
+        return type(value) is bool or (type(value) is list and _has_texts(value))
+    elif key == "properties" or value is None:
+        return value is None
+    else:
+        parts = value if type(value) is list else (value,)
+    for part in parts:  # noqa: SIM110 - a generator takes twice as long
+        if not is_plain(part, depth):
+            return False
+    return True
+
+
+def _is_plain_value(value: Any, depth: int) -> bool:
+    kind = type(value)
+    if kind is int or kind is float:
+        return abs(value) < _PLAIN_NUMBER  # which neither infinity nor NaN is
+    if kind is dict:
+        if not _has_texts(value):
+            return False
+        parts = value.values()
+    elif kind is list:
+        if _has_texts(value):
+            return depth > 0
+        parts = value
+    else:
+        return kind is str or kind is bool or value is None
+    return depth > 0 and all([_is_plain_value(part, depth - 1) for part in parts])
+
+
+def _has_texts(values: Iterable[object]) -> bool:
+    """Whether all of them are texts: elements of a list, or keys."""
+    return {*map(type, values)} <= _TEXT
 
 
 def _schema_problems(where: str, schema: object, depth: int) -> list[str]:
@@ -161,7 +228,7 @@ def _schema_problems(where: str, schema: object, depth: int) -> list[str]:
     if properties is not None and not isinstance(properties, Mapping):
         return [*problems, f"{where}.properties: expected an object, got {properties!r}"]
     inner = {f"properties.{name}": value for name, value in (properties or {}).items()}
-    for name in ("items", "oneOf", "anyOf", "allOf", "prefixItems"):
+    for name in _LISTS_OF_SCHEMAS:
         inner |= _parts(name, schema.get(name))
     for name, value in inner.items():
         problems += _schema_problems(f"{where}.{name}", value, depth + 1)

@@ -7,7 +7,6 @@ its JSON path and what to do. Knows no files (`sources.py`) and no tokens (`mask
 
 import functools
 import json
-import marshal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,11 +18,10 @@ from gptoss_jax.harmony.from_openai import (
     reasoning_of,
 )
 from gptoss_jax.harmony.messages import EFFORTS, Message
-from gptoss_jax.harmony.tools import FunctionTool, call_names
 from gptoss_jax.training.channels import message_of_channel, names_channel
-from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.conversations import Conversation, RowTools, key_of
 from gptoss_jax.training.sharegpt import messages_of_turns
-from gptoss_jax.training.shortcuts import ordinary
+from gptoss_jax.training.shortcuts import ordinary, ordinary_tools
 
 _ROLE_AND_CONTENT = {"role", "content"}
 _THINKING = ("thinking", "reasoning_content", "reasoning")  # names for the analysis, best first
@@ -68,8 +66,8 @@ def conversation_of(fields: Mapping[str, Any]) -> Conversation:
         conversation = Conversation(text=_text(fields, "text", problems))
     else:
         located, of_tools = found.read(fields, problems), []
-        tools, names = _tools(fields, of_tools)
-        messages, weights = _messages(located, names, problems)
+        tools = _tools(fields, of_tools)
+        messages, weights = _messages(located, tools.names, problems)
         problems += of_tools
         conversation = Conversation(messages, weights, tools, _effort(fields, problems))
     if problems:
@@ -112,16 +110,30 @@ def _messages(
     weights: list[float] = []
     called: dict[str, str] = {}  # of the calls so far, by their ids
     for where, raw in located:
-        weight, convert = 1.0, convert_message
-        if type(raw) is dict and raw.keys() != _ROLE_AND_CONTENT:
-            weight = _weight(where, raw, problems)
-            raw = _as_openai(where, raw, problems)
-            convert = message_of_channel if names_channel(raw) else convert_message
-        found = ordinary(raw, called, offered) or convert(where, raw, called, problems, offered)
+        weight, found = 1.0, ordinary(raw, called, offered)
+        if not found:
+            weight, found = _with_weight(where, raw, called, problems, offered)
         for message in found:
             messages.append(message)
             weights.append(weight if message.role == "assistant" else 0.0)
     return tuple(messages), tuple(weights)
+
+
+def _with_weight(
+    where: str,
+    raw: Any,
+    called: dict[str, str],
+    problems: list[Problem],
+    offered: Collection[str],
+) -> tuple[float, list[Message]]:
+    """What a JSON message becomes that is not ordinary, and the weight of learning it."""
+    if type(raw) is not dict or raw.keys() == _ROLE_AND_CONTENT:
+        return 1.0, convert_message(where, raw, called, problems, offered)
+    weight = _weight(where, raw, problems)
+    raw = _as_openai(where, raw, problems)
+    convert = message_of_channel if names_channel(raw) else convert_message
+    found = ordinary(raw, called, offered) or convert(where, raw, called, problems, offered)
+    return weight, found
 
 
 def _weight(where: str, raw: Mapping, problems: list[Problem]) -> float:
@@ -186,60 +198,57 @@ def _with_text_arguments(where: str, call: Any, problems: list[Problem]) -> Any:
 
 
 class OfferedTools(NamedTuple):
-    """Tools, what calls name them, and what is wrong with them."""
+    """The tools that a column holds, and what is wrong with them."""
 
-    tools: tuple[FunctionTool, ...]
-    names: tuple[str, ...]
+    tools: RowTools
     problems: tuple[Problem, ...]
 
 
+NO_TOOLS = RowTools.of(())
 MAX_TOOLS = 64  # values of a tools column that are kept
-_KEPT_TOOLS: dict[tuple[str, bytes], OfferedTools] = {}
+_KEPT_TOOLS: dict[tuple[str, bytes | str], OfferedTools] = {}
 
 
-def _tools(
-    fields: Mapping[str, Any], problems: list[Problem]
-) -> tuple[tuple[FunctionTool, ...], tuple[str, ...]]:
-    """From `tools`, or from `functions`, which have no wrapping; a column may be JSON text.
-
-    Beside them the names that calls have for them.
-    """
+def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> RowTools:
+    """From `tools`, or from `functions`, which have no wrapping; a column may be JSON text."""
     columns = [name for name in ("tools", "functions") if fields.get(name)]
     if not columns:
-        return (), ()
+        return NO_TOOLS
     if len(columns) > 1:
         functions = fields["functions"]
         problems.append(problem("functions", "none beside tools", functions, "keep tools alone"))
     offered = _known_tools(columns[0], fields[columns[0]])
     problems += offered.problems
-    return offered.tools, offered.names
+    return offered.tools
 
 
 def _known_tools(column: str, value: Any) -> OfferedTools:
     """The same object for the same value: most rows of a dataset have the same tools."""
-    try:
-        key = column, marshal.dumps(value, 2)  # bytes that are the same for the same values
-    except ValueError:  # something in it is no value of JSON's, or lies too deep
-        return _tools_of(column, value)
-    if key not in _KEPT_TOOLS:
+    key = key_of(value)
+    if type(key) is str:
+        return _tools_of(column, value, key)
+    known = _KEPT_TOOLS.get((column, key))
+    if known is None:
         if len(_KEPT_TOOLS) >= MAX_TOOLS:
             _KEPT_TOOLS.pop(next(iter(_KEPT_TOOLS)), None)
-        _KEPT_TOOLS[key] = _tools_of(column, value)
-    return _KEPT_TOOLS[key]
+        known = _KEPT_TOOLS[column, key] = _tools_of(column, value, key)
+    return known
 
 
-def _tools_of(column: str, value: Any) -> OfferedTools:
+def _tools_of(column: str, value: Any, key: bytes | str) -> OfferedTools:
     tools, problems = _from_text(value), list[Problem]()
     if not isinstance(tools, list):
         wrong = problem(column, "a list of tools, or JSON of one", tools, "write a list")
-        return OfferedTools((), (), (wrong,))
+        return OfferedTools(NO_TOOLS, (wrong,))
     if column == "functions":
         tools = [{"type": "function", "function": function} for function in tools]
-    converted = tuple(convert_tools(tools, problems))
+    if plain := ordinary_tools(tools):
+        known = key if tools is value else key_of(tools)
+        return OfferedTools(RowTools.of(plain, key=known), ())
+    converted = convert_tools(tools, problems)
     if column == "functions":
         problems = [Problem(_of_functions(path), text) for path, text in problems]
-    names = () if problems else tuple(call_names(converted))
-    return OfferedTools(converted, names, tuple(problems))
+    return OfferedTools(NO_TOOLS if problems else RowTools.of(converted), tuple(problems))
 
 
 def _of_functions(path: str) -> str:

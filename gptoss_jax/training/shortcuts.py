@@ -1,19 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of the shapes that most rows have, made without looking for what may be wrong.
+"""Messages and tools of the shapes that most rows have, made without saying what may be wrong.
 
-`harmony.from_openai.convert_message` makes the same of them, and says what is wrong with others;
-it takes about twice as long, which is most of the time of a check without tokens.
+`harmony.from_openai` makes the same of them, and says what is wrong with others; it takes a few
+times as long, which is most of the time of a check without tokens.
 """
 
 from collections.abc import Collection
 from typing import Any
 
 from gptoss_jax.harmony.messages import FUNCTIONS, Message
+from gptoss_jax.harmony.tools import FunctionTool, is_plain_tool
 
-_ASSISTANT = frozenset({"role", "content", "reasoning", "tool_calls", "function_call"})
+# The channel of a message that has a role and text alone.
+_PLAIN = {"system": None, "developer": None, "user": None, "assistant": "final"}
+_ROLE_AND_CONTENT = frozenset({"role", "content"})
+# With one of the names that rows have for reasoning.
+_ASSISTANT = {
+    name: frozenset({"role", "content", "tool_calls", "function_call", name})
+    for name in ("thinking", "reasoning_content", "reasoning")
+}
 _RESULT = frozenset({"role", "tool_call_id", "content"})
 _CALL = frozenset({"id", "type", "function"})
 _FUNCTION = frozenset({"name", "arguments"})
+_TOOL = ["type", "function"]  # in this order
+_DESCRIBED = ["name", "description", "parameters"]
+
+
+def ordinary_tools(tools: list[Any]) -> list[FunctionTool]:
+    """The tools of a list as `conversations.usual_json` writes it; none where one is not so."""
+    found: dict[str, FunctionTool] = {}
+    for raw in tools:
+        if type(raw) is not dict or [*raw] != _TOOL or raw["type"] != "function":
+            return []
+        function = raw["function"]
+        if type(function) is not dict or [*function] != _DESCRIBED:
+            return []
+        name, description, parameters = function.values()
+        if type(name) is not str or type(description) is not str or type(parameters) is not dict:
+            return []
+        tool = FunctionTool(name, description, parameters)
+        if not is_plain_tool(tool):
+            return []
+        found[tool.name] = tool
+    return [*found.values()] if len(found) == len(tools) else []
 
 
 def ordinary(raw: Any, called: dict[str, str], offered: Collection[str]) -> list[Message]:
@@ -23,18 +52,24 @@ def ordinary(raw: Any, called: dict[str, str], offered: Collection[str]) -> list
     """
     if type(raw) is not dict:
         return []
-    if raw.get("role") == "assistant" and raw.keys() <= _ASSISTANT:
-        return _of_assistant(raw, called, offered)
-    if raw.get("role") == "tool" and raw.keys() == _RESULT:
-        return _result(raw["tool_call_id"], raw["content"], called)
+    role, content = raw.get("role"), raw.get("content")
+    if type(content) is str and type(role) is str and raw.keys() == _ROLE_AND_CONTENT:
+        return [Message(role, content, _PLAIN[role])] if role in _PLAIN else []
+    if role == "assistant":
+        return _of_assistant(raw, content, called, offered)
+    if role == "tool" and raw.keys() == _RESULT:
+        return _result(raw["tool_call_id"], content, called)
     return []
 
 
 def _of_assistant(
-    raw: dict[str, Any], called: dict[str, str], offered: Collection[str]
+    raw: dict[str, Any], text: Any, called: dict[str, str], offered: Collection[str]
 ) -> list[Message]:
-    thought, text, calls = raw.get("reasoning"), raw.get("content"), raw.get("tool_calls")
-    if not _is_text_or_none(thought) or not _is_text_or_none(text) or raw.get("function_call"):
+    name = next((name for name, fields in _ASSISTANT.items() if raw.keys() <= fields), None)
+    if name is None or raw.get("function_call") is not None:
+        return []
+    thought, calls = raw.get(name), raw.get("tool_calls")
+    if not _is_text_or_none(thought) or not _is_text_or_none(text):
         return []
     recipients = {} if calls is None else _recipients(calls, offered)
     if recipients is None or not (text or recipients):
@@ -42,11 +77,13 @@ def _of_assistant(
     found = [Message("assistant", thought, "analysis")] if thought else []
     if text:
         found.append(Message("assistant", text, "commentary" if recipients else "final"))
-    called |= recipients
-    for call, recipient in zip(calls or (), recipients.values(), strict=True):
-        arguments = call["function"]["arguments"]
-        message = Message("assistant", arguments, "commentary", recipient, content_type="json")
-        found.append(message)
+    if recipients:
+        called |= recipients
+        for call, recipient in zip(calls, recipients.values(), strict=True):
+            arguments = call["function"]["arguments"]
+            found.append(
+                Message("assistant", arguments, "commentary", recipient, content_type="json")
+            )
     return found
 
 
@@ -71,7 +108,7 @@ def _recipients(calls: Any, offered: Collection[str]) -> dict[str, str] | None:
 
 
 def _result(call: Any, content: Any, called: dict[str, str]) -> list[Message]:
-    author = called.get(call) if type(call) is str else None
+    author = called.get(call) if type(call) is str and call else None  # none has the id ""
     if author is None or not author.startswith(FUNCTIONS) or type(content) is not str:
         return []
     return [Message("tool", content, "commentary", "assistant", name=author)]

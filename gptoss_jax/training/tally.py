@@ -7,25 +7,17 @@ files and the rules; this file knows neither.
 
 import array
 import dataclasses
-import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gptoss_jax.harmony import SystemSettings, Tokenizer
-from gptoss_jax.harmony.system_text import developer_text
-from gptoss_jax.harmony.tools import FunctionTool, call_names
-from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.conversations import Conversation, RowTools
 from gptoss_jax.training.doubts import doubts
 from gptoss_jax.training.masks import Mask, expand_turns, tokenize
 from gptoss_jax.training.packing import first_fit, shuffled
 from gptoss_jax.training.profiles import Fault
-
-MAX_TOOLS = 64  # lists of tools whose text is kept
-# What a prompt may not be able to show is tried; all other tools have been checked as they are.
-_STRANGE = re.compile(r"\d{300}|\\u[dD]")
-MANY_BRACKETS = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,28 +32,6 @@ class TokenOptions:
     expand_turns: bool = False  # a document for each turn
 
 
-class _Shown(NamedTuple):
-    """Tools of a row: text that tells them apart, their names, and why no prompt can show them."""
-
-    tools: tuple[FunctionTool, ...]
-    text: str
-    names: tuple[str, ...]
-    wrong: str
-
-    @classmethod
-    def of(cls, tools: tuple[FunctionTool, ...]) -> "_Shown":
-        text, wrong = repr(tools), ""
-        if _STRANGE.search(text) or text.count("{") + text.count("[") > MANY_BRACKETS:
-            try:
-                developer_text(None, tools)
-            except ValueError as error:  # a number or a depth that the library cannot hold
-                wrong = str(error)
-        return cls(tools, text, tuple(call_names(tools)), wrong)
-
-
-_NO_TOOLS = _Shown((), "", (), "")
-
-
 class Tally:
     """Counts so far."""
 
@@ -71,7 +41,6 @@ class Tally:
         self._drops = options.mask != "last-turn" and not options.expand_turns
         self._roles: Counter[str] = Counter()
         self._first: dict[int, str] = {}  # a conversation's hash -> where it stands
-        self._tools: dict[int, _Shown] = {}  # by their id
         self._texts = self._repeated = self._with_specials = self._untrained = self._cut = 0
         self._lengths, self._trained = array.array("q"), array.array("q")  # of each conversation
         self.kept = 0  # documents that there is something to train on, whole
@@ -84,13 +53,15 @@ class Tally:
         if conversation.text is not None:
             self._texts += 1
             contents.append(conversation.text)
-        tools = self._shown(conversation.tools) if conversation.tools else _NO_TOOLS
-        faults = self._repeats(conversation, contents, tools.text, where)
+        tools = conversation.tools
+        if not isinstance(tools, RowTools):
+            tools = RowTools.of(tools)
+        faults = self._repeats(conversation, contents, tools.key, where)
         for fault in doubts(conversation, contents, tools.names, drops_reasoning=self._drops):
             self._with_specials += fault.kind == "special_text"
             faults.append(fault)
-        if tools.wrong:
-            return [*faults, Fault("render", "row", tools.wrong)]
+        if tools.unshown:
+            return [*faults, Fault("render", "row", tools.unshown)]
         if self._tokenizer is not None:
             return faults + self._tokens(conversation, self._tokenizer)
         if conversation.text or any(conversation.weights):
@@ -113,15 +84,8 @@ class Tally:
             return counts
         return counts | self._token_statistics(self._options)
 
-    def _shown(self, tools: tuple[FunctionTool, ...]) -> "_Shown":
-        if id(tools) not in self._tools:
-            if len(self._tools) >= MAX_TOOLS:
-                del self._tools[next(iter(self._tools))]
-            self._tools[id(tools)] = _Shown.of(tools)
-        return self._tools[id(tools)]
-
     def _repeats(
-        self, conversation: Conversation, contents: list[str], tools: str, where: str
+        self, conversation: Conversation, contents: list[str], tools: bytes | str, where: str
     ) -> list[Fault]:
         messages = conversation.messages
         channels = [message.channel or message.role for message in messages]
