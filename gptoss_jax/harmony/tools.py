@@ -102,7 +102,7 @@ def namespace_problems(where: str, spaces: Sequence[ToolNamespace]) -> list[str]
     problems = []
     for space in spaces:
         at = f"{where}[{space.name!r}]"
-        if not isinstance(space.name, str) or not _NAME.fullmatch(space.name):
+        if not is_name(space.name):
             problems.append(f"{at}.name: expected 1 to 64 letters, digits, _ or -")
         elif space.name in (*ROLES, "all"):
             problems.append(f"{at}.name: expected one that is no role, which it would speak as")
@@ -122,7 +122,7 @@ def _function_problems(where: str, tools: Sequence[FunctionTool]) -> list[str]:
         if not isinstance(tool, FunctionTool):
             problems.append(f"{at}: expected a FunctionTool, got {tool!r}")
             continue
-        if not isinstance(tool.name, str) or not _NAME.fullmatch(tool.name):
+        if not is_name(tool.name):
             problems.append(
                 f"{at}.name: expected 1 to 64 letters, digits, _ or -, got {tool.name!r}"
             )
@@ -148,11 +148,18 @@ def _parameter_problems(where: str, schema: Mapping[str, Any] | None) -> list[st
     return problems
 
 
+def is_name(value: object) -> bool:
+    """Whether a tool or a namespace may be called so."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def is_plain_tool(tool: FunctionTool) -> bool:
     """Whether one quick look finds that nothing is wrong with a tool and any prompt can show it."""
-    if type(tool.name) is not str or not _NAME.fullmatch(tool.name):
-        return False
-    return type(tool.description) is str and (tool.parameters is None or is_plain(tool.parameters))
+    return (
+        is_name(tool.name)
+        and type(tool.description) is str
+        and (tool.parameters is None or is_plain(tool.parameters))
+    )
 
 
 def is_plain(schema: object, depth: int = _PLAIN_DEPTH) -> bool:
@@ -163,33 +170,35 @@ def is_plain(schema: object, depth: int = _PLAIN_DEPTH) -> bool:
     if type(schema) is not dict or not depth:
         return False
     for key, value in schema.items():
+        kind = type(value)
         if type(key) is not str:
             return False
-        if key in _KEYWORDS:
-            if not _is_plain_keyword(key, value, depth - 1):
+        if key not in _KEYWORDS:
+            if kind is not str and not _is_plain_value(value, depth - 1):
                 return False
-        elif type(value) is not str and not _is_plain_value(value, depth - 1):
+        elif key == "properties" and kind is dict and _has_texts(value):
+            for part in value.values():
+                if not is_plain(part, depth - 1):
+                    return False
+        elif not _is_plain_keyword(key, value, depth - 1):
             return False
     return True
 
 
 def _is_plain_keyword(key: str, value: Any, depth: int) -> bool:
-    if key == "properties" and type(value) is dict and _has_texts(value):
-        parts = value.values()
-    elif key == "required":
-        return type(value) is bool or (type(value) is list and _has_texts(value))
-    elif key == "properties" or value is None:
+    """The same for what stands under a keyword other than `properties`."""
+    kind = type(value)
+    if key == "required":
+        return kind is bool or value is None or (kind is list and _has_texts(value))
+    if key == "properties" or value is None:
         return value is None
-    else:
-        parts = value if type(value) is list else (value,)
-    for part in parts:  # noqa: SIM110 - a generator takes twice as long
-        if not is_plain(part, depth):
-            return False
-    return True
+    return all([is_plain(part, depth) for part in (value if kind is list else (value,))])
 
 
 def _is_plain_value(value: Any, depth: int) -> bool:
     kind = type(value)
+    if kind is bool or value is None:
+        return True
     if kind is int or kind is float:
         return abs(value) < _PLAIN_NUMBER  # which neither infinity nor NaN is
     if kind is dict:
@@ -201,7 +210,7 @@ def _is_plain_value(value: Any, depth: int) -> bool:
             return depth > 0
         parts = value
     else:
-        return kind is str or kind is bool or value is None
+        return kind is str
     return depth > 0 and all([_is_plain_value(part, depth - 1) for part in parts])
 
 

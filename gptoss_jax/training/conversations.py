@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptoss_jax.harmony import Message
+from gptoss_jax.harmony.messages import FUNCTIONS
 from gptoss_jax.harmony.system_text import developer_text
-from gptoss_jax.harmony.tools import FunctionTool, call_names, is_plain_tool
+from gptoss_jax.harmony.tools import FunctionTool, is_plain_tool
 
 
 class RowTools(tuple[FunctionTool, ...]):
@@ -27,7 +28,7 @@ class RowTools(tuple[FunctionTool, ...]):
     def of(tools: Sequence[FunctionTool], *, key: bytes | str | None = None) -> "RowTools":
         """`key` is `key_of(usual_json(tools))` where that and `are_plain` are known."""
         found = RowTools(tools)
-        found.names = tuple(call_names(found))
+        found.names = tuple([f"{FUNCTIONS}{tool.name}" for tool in found])
         found.key = key_of(usual_json(found)) if key is None else key
         found.are_plain = key is not None or all(map(is_plain_tool, found))
         return found

@@ -33,8 +33,9 @@ def doubts(
     last is left out.
     """
     messages = conversation.messages
-    if any(["<" in content for content in contents]):
+    if any(["<|" in content for content in contents]):
         yield from _specials(contents)
+    if any([">" in content and _THINKS.search(content) for content in contents]):
         yield from _think_tags(conversation)
     if not messages or not any(conversation.weights):
         return

@@ -8,7 +8,7 @@ its JSON path and what to do. Knows no files (`sources.py`) and no tokens (`mask
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gptoss_jax.harmony.from_openai import (
     Problem,
@@ -22,6 +22,9 @@ from gptoss_jax.training.channels import message_of_channel, names_channel
 from gptoss_jax.training.conversations import Conversation, RowTools, key_of
 from gptoss_jax.training.sharegpt import messages_of_turns
 from gptoss_jax.training.shortcuts import ordinary, ordinary_tools
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _ROLE_AND_CONTENT = {"role", "content"}
 _THINKING = ("thinking", "reasoning_content", "reasoning")  # names for the analysis, best first
@@ -205,8 +208,10 @@ class OfferedTools(NamedTuple):
 
 
 NO_TOOLS = RowTools.of(())
-MAX_TOOLS = 64  # values of a tools column that are kept
+MAX_TOOLS = 64  # values of a tools column that are kept, those that came more than once
+MAX_SEEN = 1024  # values whose hashes are kept, to know when one comes again
 _KEPT_TOOLS: dict[tuple[str, bytes | str], OfferedTools] = {}
+_SEEN_TOOLS: dict[int, None] = {}
 
 
 def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> RowTools:
@@ -223,16 +228,27 @@ def _tools(fields: Mapping[str, Any], problems: list[Problem]) -> RowTools:
 
 
 def _known_tools(column: str, value: Any) -> OfferedTools:
-    """The same object for the same value: most rows of a dataset have the same tools."""
-    key = key_of(value)
-    if type(key) is str:
-        return _tools_of(column, value, key)
-    known = _KEPT_TOOLS.get((column, key))
+    """The same object for the same value: most rows of a dataset have the same tools.
+
+    What comes once is not kept: its memory is better used for the next row, where the caches of the
+    processor still hold it.
+    """
+    key = column, key_of(value)
+    known = _KEPT_TOOLS.get(key)
     if known is None:
-        if len(_KEPT_TOOLS) >= MAX_TOOLS:
-            _KEPT_TOOLS.pop(next(iter(_KEPT_TOOLS)), None)
-        known = _KEPT_TOOLS[column, key] = _tools_of(column, value, key)
+        known = _tools_of(column, value, key[1])
+        if hash(key) in _SEEN_TOOLS:
+            _put(_KEPT_TOOLS, key, known, MAX_TOOLS)
+        else:
+            _put(_SEEN_TOOLS, hash(key), None, MAX_SEEN)
     return known
+
+
+def _put(kept: dict[K, V], key: K, value: V, most: int) -> None:
+    """Keep a value in the place of the oldest, where there are as many already."""
+    if len(kept) >= most:
+        kept.pop(next(iter(kept)), None)
+    kept[key] = value
 
 
 def _tools_of(column: str, value: Any, key: bytes | str) -> OfferedTools:
@@ -275,7 +291,7 @@ def _text(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> st
 def _turns(fields: Mapping[str, Any], column: str, problems: list[Problem]) -> Located:
     """A column of turns, with role and content or, as ShareGPT has them, with from and value."""
     turns = _list_of_messages(fields, column, problems)
-    if any(isinstance(turn, dict) and "from" in turn and "role" not in turn for _, turn in turns):
+    if any([isinstance(turn, dict) and "from" in turn and "role" not in turn for _, turn in turns]):
         return list(messages_of_turns(turns, problems))
     return turns
 

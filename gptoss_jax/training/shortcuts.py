@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from gptoss_jax.harmony.messages import FUNCTIONS, Message
-from gptoss_jax.harmony.tools import FunctionTool, is_plain_tool
+from gptoss_jax.harmony.tools import FunctionTool, is_name, is_plain
 
 # The channel of a message that has a role and text alone.
 _PLAIN = {"system": None, "developer": None, "user": None, "assistant": "final"}
@@ -36,12 +36,9 @@ def ordinary_tools(tools: list[Any]) -> list[FunctionTool]:
         if type(function) is not dict or [*function] != _DESCRIBED:
             return []
         name, description, parameters = function.values()
-        if type(name) is not str or type(description) is not str or type(parameters) is not dict:
+        if type(description) is not str or not is_name(name) or not is_plain(parameters):
             return []
-        tool = FunctionTool(name, description, parameters)
-        if not is_plain_tool(tool):
-            return []
-        found[tool.name] = tool
+        found[name] = FunctionTool(name, description, parameters)
     return [*found.values()] if len(found) == len(tools) else []
 
 
