@@ -180,19 +180,22 @@ def is_plain(schema: object, depth: int = _PLAIN_DEPTH) -> bool:
             for part in value.values():
                 if not is_plain(part, depth - 1):
                     return False
+        elif key == "required" and kind is list:
+            if not _has_texts(value):
+                return False
         elif not _is_plain_keyword(key, value, depth - 1):
             return False
     return True
 
 
 def _is_plain_keyword(key: str, value: Any, depth: int) -> bool:
-    """The same for what stands under a keyword other than `properties`."""
-    kind = type(value)
-    if key == "required":
-        return kind is bool or value is None or (kind is list and _has_texts(value))
+    """The same for what stands under a keyword, and rarer forms of the two that most schemas have."""
     if key == "properties" or value is None:
         return value is None
-    return all([is_plain(part, depth) for part in (value if kind is list else (value,))])
+    if key == "required":
+        return type(value) is bool
+    parts = value if type(value) is list else [value]
+    return all([is_plain(part, depth) for part in parts])
 
 
 def _is_plain_value(value: Any, depth: int) -> bool:
