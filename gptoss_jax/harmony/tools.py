@@ -189,7 +189,7 @@ def is_plain(schema: object, depth: int = _PLAIN_DEPTH) -> bool:
 
 
 def _is_plain_keyword(key: str, value: Any, depth: int) -> bool:
-    """The same for what stands under a keyword, and rarer forms of the two that most schemas have."""
+    """The same for what stands under a keyword: schemas, and rarer forms of the commonest two."""
     if key == "properties" or value is None:
         return value is None
     if key == "required":

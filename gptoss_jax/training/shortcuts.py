@@ -74,13 +74,11 @@ def _of_assistant(
     found = [Message("assistant", thought, "analysis")] if thought else []
     if text:
         found.append(Message("assistant", text, "commentary" if recipients else "final"))
-    if recipients:
-        called |= recipients
-        for call, recipient in zip(calls, recipients.values(), strict=True):
-            arguments = call["function"]["arguments"]
-            found.append(
-                Message("assistant", arguments, "commentary", recipient, content_type="json")
-            )
+    called |= recipients
+    for call, recipient in zip(calls or (), recipients.values(), strict=True):
+        arguments = call["function"]["arguments"]
+        message = Message("assistant", arguments, "commentary", recipient, content_type="json")
+        found.append(message)
     return found
 
 
