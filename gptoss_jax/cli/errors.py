@@ -75,7 +75,8 @@ def renamed(text: str, arguments: Mapping[str, str]) -> str:
 def fail(error: Exception, *, debug: bool, as_json: bool) -> int:
     """Say what went wrong, once for people and with --json once for programs; the exit status."""
     status = status_of(error)
-    said = in_options(str(error))
+    notes = getattr(error, "__notes__", [])
+    said = in_options(" ".join([str(error), *(f"({note})" for note in notes)]))
     text = said if status == 2 else f"{type(error).__name__}: {said}"
     if debug:
         traceback.print_exception(error)

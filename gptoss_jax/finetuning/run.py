@@ -331,7 +331,7 @@ def _write_run(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _finetuned(run, plan, outcome: Outcome, store, base, changes, say) -> Finetuned:
     """Write the result of a run that has ended, unless that was done before."""
-    if outcome.interrupted or outcome.failed:
+    if outcome.interrupted or outcome.failed or not outcome.step:
         return Finetuned(outcome, None, outcome.step)
     best = outcome.best if run.wants_best else None
     step = outcome.step if best is None else best.step
@@ -358,6 +358,8 @@ def _ending(finetuned: Finetuned) -> str:
     outcome, result = finetuned.outcome, finetuned.result
     losses = "".join(f"; {k} {v:.4f}" for k, v in outcome.metrics.items() if "loss" in k)
     what = f"{outcome.reason} at step {outcome.step}{losses}"
+    if not outcome.step:
+        return f"{what}; nothing was trained, and there is no result"
     if result is None:
         return f"{what}; the same command goes on with the run"
     if finetuned.step == outcome.step:

@@ -55,9 +55,10 @@ class Run:
         return self.stepper.model(self.state)
 
     def stop(self, reason: str) -> None:
-        """Ask for an end after this step, for good; the first reason counts."""
-        self.ended = self.ended or reason
-        self.reason = self.reason or reason
+        """Ask for an end after this step, for good; the first reason counts. In `on_checkpoint` it
+        is the end after the next step: the checkpoint of this one was made before."""
+        self.ended = self.ended or str(reason or "stopped by a hook")
+        self.reason = self.reason or self.ended
 
 
 class Hook:

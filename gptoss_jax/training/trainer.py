@@ -177,9 +177,8 @@ class _Loop:
         run.stopping = functools.partial(_stopping, run, signals)
         with contextlib.ExitStack() as at_end:
             for name, hook in self.hooks.items():
-                at_end.callback(hook.on_stop, run)
-                hook.on_start(run)
-                _check_metrics(run, name)
+                at_end.callback(_stop, run, name, hook)
+                _call(run, name, hook.on_start)
             self._evaluation(run)
             following = None if run.reason else self._following(run, run.step)
             if following is None and run.step == 0 and run.reason is None:
@@ -222,9 +221,8 @@ class _Loop:
         }
         run.evaluation, run.metric = {}, None
         run.stopping()
-        for name, hook in self.hooks.items():
-            hook.on_step(run)
-            _check_metrics(run, name)
+        self._tell(run, "on_step")
+        run.reason = run.reason or run.ended
         better = self._evaluation(run)
         run.stopping()
         run.seconds += time.perf_counter() - start
@@ -261,9 +259,8 @@ class _Loop:
     def _evaluation(self, run: Run) -> bool:
         """Tell the hooks of what some of them have measured; whether it is the best so far."""
         if run.evaluation:
+            self._tell(run, "on_eval")
             self.evaluated = dict(run.evaluation)
-            for hook in self.hooks.values():
-                hook.on_eval(run)
         if run.step == 0 or run.metric is None or not math.isfinite(run.metric):
             return False
         sign = -1 if self.store is not None and self.store.options.best == "max" else 1
@@ -297,8 +294,13 @@ class _Loop:
         )
         if self._written(run, save):
             self.saved = run.step
-            for hook in self.hooks.values():
-                hook.on_checkpoint(run)
+            self._tell(run, "on_checkpoint")
+            if run.ended != facts["ended"] and not run.interrupted:
+                run.reason = None  # the next checkpoint knows of it
+
+    def _tell(self, run: Run, method: str) -> None:
+        for name, hook in self.hooks.items():
+            _call(run, name, getattr(hook, method))
 
     def _written(self, run: Run, write: Callable[[], None]) -> bool:
         """Whether that went well; a disk that is full ends the run, not the process."""
@@ -318,13 +320,26 @@ def _stopping(run: Run, signals: SafeStop) -> bool:
     return run.interrupted
 
 
-def _check_metrics(run: Run, name: str) -> None:
+def _call(run: Run, name: str, method: Callable[[Run], None]) -> None:
     """What a hook has measured is numbers, of jax and NumPy, too; afterwards of Python alone."""
+    try:
+        method(run)
+    except Exception as error:
+        error.add_note(f"in {method.__name__} of the hook {name}")
+        raise
     try:
         run.metrics, run.evaluation = plain_metrics(run.metrics), plain_metrics(run.evaluation)
         run.metric = None if run.metric is None else float(as_number(run.metric))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"hook {name}: {error}") from error
+
+
+def _stop(run: Run, name: str, hook: Hook) -> None:
+    """What fails at the very end costs nothing that was trained."""
+    try:
+        _call(run, name, hook.on_stop)
+    except Exception as error:
+        run.say(f"hook {name}: on_stop failed: {type(error).__name__}: {error}")
 
 
 def _of_first_process(numbers: Metrics) -> Metrics:

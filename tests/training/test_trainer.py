@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 
 import jax
@@ -380,6 +381,60 @@ def test_metrics_are_numbers(model, value):
 
     with pytest.raises(ValueError, match=r"hook \S*At: metrics: expected a number for 'norm', got"):
         run(model, At(1, measure))
+
+
+@pytest.mark.parametrize("method", ["on_eval", "on_checkpoint"])
+def test_metrics_of_later_methods_are_numbers_too(model, method):
+    class Measures(Hook):
+        def on_step(self, run):
+            run.evaluation["score"] = jnp.float32(0.5)
+
+    def measure(self, run):
+        run.evaluation["late"] = np.float64(0.25)
+        run.metrics["norm"] = jnp.float32(2.0)
+
+    later = type("Later", (Hook,), {method: measure})()
+    store = FakeStore(every=1)
+
+    outcome = run(model, Measures(), later, store=store)
+
+    assert outcome.metrics["score"] == 0.5
+    assert outcome.metrics["norm"] == 2.0 and type(outcome.metrics["norm"]) is float
+    assert (outcome.metrics.get("late") == 0.25) == (method == "on_eval")
+
+
+def test_a_stop_in_on_checkpoint(model):
+    """It is known to the checkpoint after that, so the run ends there, and again."""
+
+    class Enough(Hook):
+        def on_checkpoint(self, run):
+            if run.step >= 2:
+                run.stop("enough")
+
+    store = FakeStore(every=1)
+    first = run(model, Enough(), store=store)
+    again = run(model, Enough(), store=store)
+
+    assert (first.step, first.reason) == (again.step, again.reason) == (3, "enough")
+
+
+def test_a_hook_that_fails(model):
+    """The error says which and where; at the end it costs nothing."""
+    said = []
+
+    class Fails(Hook):
+        def on_stop(self, run):
+            raise KeyError("k")
+
+    outcome = train(
+        model, Batches(), ADAPTERS, options=OPTIONS, trainable=nnx.LoRAParam, hooks=[Fails()],
+        say=said.append,
+    )  # fmt: skip
+    assert outcome.step == 4
+    assert [text for text in said if "on_stop failed: KeyError: 'k'" in text]
+    with pytest.raises(ZeroDivisionError) as error:
+        run(model, At(2, lambda run: 1 / 0))
+    assert re.fullmatch(r"in on_step of the hook \S*At", *error.value.__notes__)
 
 
 def test_two_hooks_of_one_name(model):
