@@ -2,8 +2,8 @@
 """What comes out of a run: a folder with an adapter or a model, which is whole or is not there.
 
 It is written under another name, and has its own when every byte is on the disk. `training.json`
-in it says of which step it is; a result of another step is written anew, and the one before is
-kept beside it.
+in it says of which run and step it is; a result of another one is written anew, and the one before
+is kept beside it.
 """
 
 import dataclasses
@@ -33,10 +33,11 @@ def folder_of(run: FinetuneRun, output: Path, step: int | None = None) -> Path:
     return output / (name if step is None else f"{name}-step-{step}")
 
 
-def record_of(step: int, metric: float | None, changes: list[dict[str, Any]]) -> dict[str, Any]:
-    """What decides what is in a result: the step, and what was accepted before it."""
-    earlier = [change for change in changes if change["after_step"] < step]
-    return {"step": step, "metric": metric, "changes": earlier}
+def record_of(step: int, metric: float | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides what is in a result: how the run began, the step, and what was accepted before
+    it."""
+    changes = [change for change in facts.get("changes", []) if change["after_step"] < step]
+    return {"run": facts["began"], "step": step, "metric": metric, "changes": changes}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -50,7 +51,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def is_written(folder: Path, record: Mapping[str, Any]) -> bool:
     found = read_record(folder)
-    return found is not None and all(found.get(k) == record[k] for k in ("step", "changes"))
+    names = "run", "step", "changes"
+    return found is not None and all(found.get(name) == record[name] for name in names)
 
 
 def write(
@@ -63,15 +65,24 @@ def write(
     say: Callable[[str], None],
 ) -> None:
     """Write a result, by all processes together; what is there already is kept beside it."""
-    partial = folder.with_name(folder.name + WRITING)
-    first = is_first()
-    together(lambda: _clear(partial) if first else None, "result")
-    if run.trains_adapters:
-        save_adapter(model, partial, base=base, options=_lora_options(run))
-    else:
-        export(model, partial, experts="bf16")
-    say = of_first(say)
-    together(lambda: _finish(run, model, folder, partial, record, say) if first else None, "result")
+    partial = folder.with_name(f".{folder.name}{WRITING}")
+    first, say = is_first(), of_first(say)
+    try:
+        together(lambda: _clear(partial) if first else None, "result")
+        if run.trains_adapters:
+            save_adapter(model, partial, base=base, options=_lora_options(run))
+        else:
+            export(model, partial, experts="bf16")
+        together(
+            lambda: _finish(run, model, folder, partial, record, say) if first else None, "result"
+        )
+    except OSError as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"result: expected to write it to {folder}, got {error}; nothing of it is left, but "
+            "all checkpoints are: see that the disk has room, then start the same again"
+        ) from error
 
 
 def _lora_options(run: FinetuneRun) -> Mapping[str, Any]:

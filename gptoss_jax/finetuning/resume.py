@@ -8,6 +8,8 @@ knowingly; the checkpoints remember from which step on they count.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,6 +68,32 @@ def options_of(run: FinetuneRun, *, experts: str, dtype: str) -> dict[str, Any]:
     if fields["lora"] is not None:
         fields["lora"]["targets"] = sorted(set(fields["lora"]["targets"]))
     return fields
+
+
+def beginning(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides what a run trains, as it was when the run began."""
+    decides = {
+        name: value
+        for name, value in _flat(facts["run"])
+        if not Change(name, None, None).is_of(FREE)
+    }
+    found = [decides, facts["base"], facts.get("adapter"), facts["data"]]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(fields: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value
+
+
+def measures_anew(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether evaluations from now on are none to compare with those so far."""
+    known = before.get("held_out")  # not in checkpoints of earlier versions
+    other = known is not None and known != now["held_out"]
+    return other or before["run"]["checkpoints"]["best"] != now["run"]["checkpoints"]["best"]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -8,6 +8,8 @@ writes what comes out.
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gptoss_jax.distributed import agree, is_first, of_first, together
 from gptoss_jax.finetuning import result as results
@@ -29,7 +32,7 @@ from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.sharding import Placement
 from gptoss_jax.training.data import batches, load_rows, one_pass, order_fields, report_of
 from gptoss_jax.training.documents import Batches, Documents, rows_here
-from gptoss_jax.training.hooks import Hook
+from gptoss_jax.training.hooks import Hook, Run
 from gptoss_jax.training.lora import add_lora, choose, weights_table
 from gptoss_jax.training.loss import check_rows
 from gptoss_jax.training.sources import files_of
@@ -73,13 +76,14 @@ def finetune(
     be, with all row errors of the data at once, or if another run writes to the folder; and
     FloatingPointError where the loss stops being finite. In several processes all of them call it.
     """
-    say = of_first(say)
+    say, given = of_first(say), run
     plan = together(lambda: _planned(run), "run")
     with _store(run, plan, say) as store:
         store.lock()
-        saved = together(store.facts, "checkpoints")  # before the arrays, which may not fit
-        done = store.latest() or 0
-        together(lambda: _accepted(saved, plan.facts, done, accept_changes), "run")
+        done = store.newest()
+        saved = None if done is None else together(lambda: store.facts(done)["run"], "checkpoints")
+        accepted = functools.partial(_accepted, done=done or 0, accept=accept_changes)
+        together(lambda: accepted(saved, plan.facts), "run")
         base, model = _model(run, plan)
         say(f"weights\n{weights_table(model)}")
         tokenizer = tokenizer_of(model)
@@ -90,13 +94,18 @@ def finetune(
         say(f"data: {training.report}")
         if held_out is not None:
             say(f"held out: {report_of(held_out, run.data)}")
-        run = _with_steps(run, training, say)
+        run = _with_steps(run, training, done or 0, say)
 
-        facts = _facts(run, plan, training, base)
-        changed = together(lambda: _accepted(saved, facts, done, accept_changes), "run")
-        facts["changes"] = _history(saved, changed, done)
-        if is_first():
-            _write_run(plan.folder, facts)
+        facts = _facts(run, plan, training, held_out, base)
+        changed = together(lambda: accepted(saved, facts), "run")
+        facts |= _history(saved, facts, changed, done or 0)
+        anew = saved is not None and resume.measures_anew(saved, facts)
+        if anew:
+            say("held-out data: others than before, so the best is looked for from here on")
+        record = _RunFile(plan.folder, facts, given)
+        if saved is None:
+            record.write()
+        hooks = hooks_of(run, _Again(held_out, run, here), tokenizer, plan.hooks)
         with _advised(store):
             outcome = train(
                 model,
@@ -104,16 +113,16 @@ def finetune(
                 run.optimisation,
                 options=run.step,
                 trainable=run.trainable,
-                hooks=hooks_of(run, _Again(held_out, run, here), tokenizer, plan.hooks),
+                hooks=[*hooks, record],
                 store=store,
                 facts=facts,
-                accept=lambda before: _accepted({"run": before}, facts, done, accept_changes),
-                go_on=saved is not None and resume.goes_on(saved["run"], facts),
+                go_on=saved is not None and resume.goes_on(saved, facts),
+                forget_best=anew,
                 folder=plan.folder,
                 say=say,
             )
         training.close()
-        finetuned = _finetuned(run, plan, outcome, store, base, facts["changes"], say)
+        finetuned = _finetuned(run, plan, outcome, store, base, facts, say)
     say(_ending(finetuned))
     return finetuned
 
@@ -138,7 +147,7 @@ def export_step(run: FinetuneRun, step: int, *, say: Callable[[str], None] = pri
     now = plan.facts | {"base": base.fingerprint}
     together(lambda: resume.check_same_weights(facts, now), "run")
     folder = results.folder_of(run, plan.folder, step)
-    record = results.record_of(step, None, facts.get("changes", []))
+    record = results.record_of(step, None, {"began": resume.beginning(facts)} | facts)
     if not together(lambda: results.is_written(folder, record), "result"):
         trained = stepper.model(restored.state)
         results.write(run, trained, folder, record, base=base, say=say)
@@ -190,13 +199,22 @@ def _planned(run: FinetuneRun, *, data: bool = True) -> _Plan:
 def _check_folder(run: FinetuneRun, folder: Path) -> None:
     """It must be one that can be written to; and a result without checkpoints is one that the run
     would have to write over."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written to" if there.is_dir() else "is a file"
+        what = "cannot be written to" if there.is_dir() else "is no folder"
         raise ValueError(
             f"output: expected a folder that can be made or written to, got {run.output!r}, and "
             f"{there} {what}; choose another"
         )
+    for name, kind, right in (
+        ("checkpoints", "a folder", os.path.isdir),
+        *((name, "a file", os.path.isfile) for name in (RUN, "metrics.jsonl")),
+    ):
+        if os.path.lexists(folder / name) and not right(folder / name):
+            raise ValueError(
+                f"output: expected {kind} at {folder / name}, or nothing, got something else; move "
+                "it away, or choose another folder"
+            )
     result = results.folder_of(run, folder)
     if result.exists() and not (folder / "checkpoints").exists():
         raise ValueError(
@@ -249,9 +267,17 @@ def _rows_here(run: FinetuneRun, where: Placement | None) -> list[int] | None:
     return rows_here(where.sharding("batch"), (run.data.rows, run.data.length))
 
 
-def _with_steps(run: FinetuneRun, training: Batches, say: Callable[[str], None]) -> FinetuneRun:
+def _with_steps(
+    run: FinetuneRun, training: Batches, done: int, say: Callable[[str], None]
+) -> FinetuneRun:
     """With the steps that the epochs come to, where the run gives these alone."""
     there, given = training.steps, run.optimisation.steps
+    if there is not None and there < done:
+        raise ValueError(
+            f"data.epochs: expected enough for the {done} steps that are done, got "
+            f"{run.data.epochs}, which end after {there}; set it back, or take the state of an "
+            "earlier step (export_step, on the command line --export-step)"
+        )
     if given is None:
         optimisation = dataclasses.replace(run.optimisation, steps=there)
         return dataclasses.replace(run, optimisation=optimisation)
@@ -286,22 +312,35 @@ class _Again:
 # What a run is compared by when it goes on -------------------------------------------------------
 
 
-def _facts(run: FinetuneRun, plan: _Plan, training: Batches, base: Base) -> dict[str, Any]:
+def _facts(
+    run: FinetuneRun, plan: _Plan, training: Batches, held_out: Documents | None, base: Base
+) -> dict[str, Any]:
     data = plan.facts["data"] | {"digest": training.digest}
     model = plan.facts["run"]["model"]
     options = resume.options_of(run, experts=model["experts"], dtype=model["dtype"])
-    return plan.facts | {"run": options, "base": base.fingerprint, "data": data}
+    known = {"run": options, "base": base.fingerprint, "data": data}
+    return plan.facts | known | {"held_out": None if held_out is None else _digest(held_out)}
 
 
-def _accepted(saved: Mapping | None, now: Mapping, done: int, accept: bool) -> list[str]:
+def _digest(documents: Documents) -> str:
+    sums = hashlib.sha256()
+    for array in (documents.starts, documents.tokens, documents.weights):
+        sums.update(np.ascontiguousarray(array).data)
+    return sums.hexdigest()
+
+
+def _accepted(saved: Mapping | None, now: Mapping, *, done: int, accept: bool) -> list[str]:
     """The changes that were accepted; ValueError for others, and for more in `now`."""
-    return [] if saved is None else resume.check(saved["run"], now, done=done, accept=accept)
+    return [] if saved is None else resume.check(saved, now, done=done, accept=accept)
 
 
-def _history(saved: Mapping | None, changed: list[str], done: int) -> list[dict[str, Any]]:
-    """All changes that were accepted, and after which step."""
-    earlier = [] if saved is None else saved["run"].get("changes", [])
-    return [*earlier, *([{"after_step": done, "changed": changed}] if changed else [])]
+def _history(saved: Mapping | None, now: Mapping, changed: list[str], done: int) -> dict[str, Any]:
+    """How the run began, and all changes that were accepted, each with the step it came after."""
+    if saved is None:
+        return {"began": resume.beginning(now), "changes": []}
+    earlier = saved.get("changes", [])
+    new = [{"after_step": done, "changed": changed}] if changed else []
+    return {"began": saved.get("began") or resume.beginning(saved), "changes": [*earlier, *new]}
 
 
 @contextlib.contextmanager
@@ -319,29 +358,49 @@ def _advised(store: CheckpointStore) -> Iterator[None]:
         ) from error
 
 
-def _write_run(folder: Path, facts: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RUN}.writing"
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / RUN)
+class _RunFile(Hook):
+    """`run.json`: what the newest checkpoint knows of the run, options as they were given."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], given: FinetuneRun):
+        model = facts["run"]["model"]
+        options = resume.options_of(given, experts=model["experts"], dtype=model["dtype"])
+        self.folder, self.facts = folder, dict(facts) | {"run": options}
+
+    def write(self) -> None:
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f"{RUN}.writing"
+            partial.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+            partial.replace(self.folder / RUN)
+
+    def on_checkpoint(self, run: Run) -> None:
+        self.write()
 
 
 # What comes out ----------------------------------------------------------------------------------
 
 
-def _finetuned(run, plan, outcome: Outcome, store, base, changes, say) -> Finetuned:
+def _finetuned(run, plan, outcome: Outcome, store, base, facts, say) -> Finetuned:
     """Write the result of a run that has ended, unless that was done before."""
     if outcome.interrupted or outcome.failed or not outcome.step:
         return Finetuned(outcome, None, outcome.step)
-    best = outcome.best if run.wants_best else None
-    step = outcome.step if best is None else best.step
-    if step != outcome.step:
-        outcome = _of_step(outcome, store, step)
-    folder = results.folder_of(run, plan.folder)
-    record = results.record_of(step, best and best.metric, changes)
+    folder, best = results.folder_of(run, plan.folder), outcome.best if run.wants_best else None
+    last = results.record_of(outcome.step, None, facts)
+    if best is None or best.step == outcome.step:
+        record = last | {"metric": best and best.metric}
+    else:
+        record = results.record_of(best.step, best.metric, facts)
+        if store.is_sound(best.step):
+            outcome = _of_step(outcome, store, best.step)
+        elif not together(lambda: results.is_written(folder, record), "result"):
+            say(
+                f"the checkpoint of step {best.step}, the best, is damaged or gone: the result is "
+                "that of the last step"
+            )
+            record = last
     if not together(lambda: results.is_written(folder, record), "result"):
         results.write(run, outcome.model, folder, record, base=base, say=say)
-    return Finetuned(outcome, folder, step)
+    return Finetuned(outcome, folder, int(record["step"]))
 
 
 def _of_step(outcome: Outcome, store: CheckpointStore, step: int) -> Outcome:
@@ -349,9 +408,7 @@ def _of_step(outcome: Outcome, store: CheckpointStore, step: int) -> Outcome:
     jax.tree.map(lambda array: array.delete(), outcome.state)
     restored = store.restore(outcome.stepper.abstract_state(), step=step)
     assert restored is not None
-    return outcome._replace(
-        state=restored.state, model=outcome.stepper.model(restored.state), step=outcome.step
-    )
+    return outcome._replace(state=restored.state, model=outcome.stepper.model(restored.state))
 
 
 def _ending(finetuned: Finetuned) -> str:

@@ -100,7 +100,8 @@ class CheckpointStore:
         self.folder = Path(folder).absolute()
         self.options = options
         self._say = say
-        self._damaged: set[int] = set()  # steps that `restore` found so
+        self._damaged: set[int] = set()  # steps that were found so
+        self._checked: set[int] = set()  # steps that were not, since they were last restored
         self._saving: threading.Thread | None = None
         self._error: OSError | None = None
         self._lock: IO | None = None
@@ -155,46 +156,78 @@ class CheckpointStore:
         or if the arrays are others than those of `like`.
         """
         self.wait()
-        steps = sorted(self._steps())
-        agree(f"checkpoints in {self.folder}", str(steps))
-        if step is not None and step not in steps:
-            has = ", ".join(map(str, steps)) or "none"
+        if step is None:
+            step = self.newest()
+        elif step not in self._steps():
+            has = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(f"step: expected one of {self.folder} ({has}), got {step}")
-        reports = []
-        for candidate in reversed(steps) if step is None else [step]:
-            problems = self._problems(candidate)
-            if not problems:
-                return self._restored(candidate, like, reports)
-            self._damaged.add(candidate)
-            reports.append(f"{self._path(candidate)} is damaged: {_shown(problems)}")
-        if not reports:
+        if step is None:
             return None
-        advice = "move them away to begin anew" if step is None else "take another step"
-        raise ValueError(
-            f"checkpoint: expected files as they were written, got others; {'; '.join(reports)}; "
-            f"{advice}"
-        )
+        if problems := self._faults(step):
+            raise _damaged(
+                [f"{self._path(step)} is damaged: {_shown(problems)}"], "take another step"
+            )
+        self._checked.discard(step)
+        return self._restored(step, like)
 
-    def facts(self) -> dict[str, Any] | None:
-        """Those of the newest checkpoint, unverified; None if there is none to be read."""
-        step = self.latest()
-        try:
-            return None if step is None else _read_facts(self._path(step))["facts"]
-        except (OSError, ValueError, LookupError):
-            return None
+    def newest(self) -> int | None:
+        """The newest step whose files are as they were written; None if nothing was saved.
 
-    def set_aside(self, step: int) -> None:
-        """Let a checkpoint be none of the run's, under another name; one that was before it in that
-        place is removed."""
-
-        def move() -> None:
-            path = self._path(step, NOT_FINITE)
-            if path.exists():
-                shutil.rmtree(path)
-            self._path(step).rename(path)
-
+        Damaged ones are reported. Raises ValueError if all are. What was checked here, `restore`
+        does not check once more.
+        """
         self.wait()
-        together(lambda: move() if is_first() else None, f"checkpoint of step {step}")
+        steps, reports = self.steps(), []
+        agree(f"checkpoints in {self.folder}", str(steps))
+        for step in reversed(steps):
+            problems = self._faults(step)
+            if not problems:
+                break
+            reports.append(f"{self._path(step)} is damaged: {_shown(problems)}")
+        else:
+            if steps:
+                raise _damaged(reports, "move them away to begin anew")
+            return None
+        if reports and is_first():
+            self._say(f"checkpoint: {'; '.join(reports)}; step {step} is used instead")
+        return step
+
+    def is_sound(self, step: int) -> bool:
+        """Whether there is this step, and its files are as they were written."""
+        return step in self._steps() and not self._faults(step)
+
+    def _faults(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint, remembered if nothing is."""
+        if step in self._checked:
+            return []
+        problems = self._problems(step)
+        (self._damaged if problems else self._checked).add(step)
+        return problems
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Those of a step that is sound."""
+        return _read_facts(self._path(step))["facts"]
+
+    def best(self) -> tuple[int, float] | None:
+        """The step with the best metric of those there are, and that metric."""
+        step = next(iter(self._with_best_metrics(sorted(self._steps() - self._damaged), 1)), None)
+        metric = None if step is None else _metric(self._path(step))
+        return None if step is None or metric is None else (step, metric)
+
+    def set_aside(self, step: int) -> bool:
+        """Let a checkpoint be none of the run's, under another name, if it is not the only one;
+        whether that was done. One that has this name already is removed."""
+        self.wait()
+        if self.steps() == [step]:
+            return False
+        together(lambda: self._rename_aside(step) if is_first() else None, f"step {step}")
+        return True
+
+    def _rename_aside(self, step: int) -> None:
+        path = self._path(step, NOT_FINITE)
+        if path.exists():
+            shutil.rmtree(path)
+        self._path(step).rename(path)
 
     def steps(self) -> list[int]:
         """Those that are complete, oldest first."""
@@ -314,8 +347,8 @@ class CheckpointStore:
             self._lock.close()
             self._lock = None
             raise ValueError(
-                f"folder: expected one that no other run writes to, got {self.folder}; choose "
-                "another, or wait until that run has ended"
+                f"checkpoints: expected a folder that no other run writes to, got {self.folder}; "
+                "choose another, or wait until that run has ended"
             ) from None
         except OSError:
             return  # a file system without locks
@@ -346,18 +379,19 @@ class CheckpointStore:
     def _prune(self) -> None:
         """Remove what is not to be kept, after a save, so that the newest is known to be good."""
         steps = sorted(self._steps())
-        keep = {*steps[-self.options.keep_last :], *self._with_best_metrics(steps), self._best}
+        best = self._with_best_metrics(steps, self.options.keep_best)
+        keep = {*steps[-self.options.keep_last :], *best, self._best}
         for step in steps:
             if step not in keep and files_fit(self._path(step)):  # nothing of somebody else
                 self._path(step).rename(self._path(step, ".removing"))
                 shutil.rmtree(self._path(step, ".removing"))
 
-    def _with_best_metrics(self, steps: list[int]) -> list[int]:
+    def _with_best_metrics(self, steps: list[int], count: int) -> list[int]:
         """Of equal ones the earlier."""
         sign = 1 if self.options.best == "min" else -1
         metrics = {step: _metric(self._path(step)) for step in steps}
         ranks = [(sign * metric, step) for step, metric in metrics.items() if metric is not None]
-        return [step for _, step in sorted(ranks)[: self.options.keep_best]]
+        return [step for _, step in sorted(ranks)[:count]]
 
     # What there is -------------------------------------------------------------------------------
 
@@ -381,14 +415,19 @@ class CheckpointStore:
             found = [f"{FACTS}: expected step {step}, got {saved}; was the folder renamed?"]
         return found
 
-    def _restored(self, step: int, like: T, reports: list[str]) -> Restored[T]:
+    def _restored(self, step: int, like: T) -> Restored[T]:
         path = self._path(step)
-        if reports and is_first():
-            self._say(f"checkpoint: {'; '.join(reports)}; step {step} is used instead")
         if is_first() and (others := strangers(path)):
             self._say(f"{path}: {_shown(others)} came later, and does not matter")
         state = checkpoint.restore(path / "state", like)
         return Restored(step, state, _read_facts(path)["facts"])
+
+
+def _damaged(reports: list[str], advice: str) -> ValueError:
+    return ValueError(
+        f"checkpoint: expected files as they were written, got others; {'; '.join(reports)}; "
+        f"{advice}"
+    )
 
 
 def _is_open_file(path: Path, file: IO) -> bool:

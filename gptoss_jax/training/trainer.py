@@ -23,7 +23,7 @@ from flax import nnx
 
 from gptoss_jax.distributed import everyones, is_first, of_first
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.hooks import Hook, Metrics, Run, give_states, named
+from gptoss_jax.training.hooks import EarlyStopping, Hook, Metrics, Run, give_states, named
 from gptoss_jax.training.metrics import as_number, plain_metrics, step_metrics
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.signals import SafeStop
@@ -50,7 +50,11 @@ class Store(Protocol):
 
     def wait(self) -> None: ...
 
-    def set_aside(self, step: int) -> None: ...
+    def set_aside(self, step: int) -> bool: ...
+
+    def steps(self) -> list[int]: ...
+
+    def best(self) -> tuple[int, float] | None: ...
 
 
 class Best(NamedTuple):
@@ -90,6 +94,7 @@ def train(
     facts: Mapping[str, Any] | None = None,
     accept: Callable[[Mapping[str, Any]], object] = lambda facts: None,
     go_on: bool = False,
+    forget_best: bool = False,
     folder: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
@@ -99,7 +104,8 @@ def train(
     interrupted, if `batches` have `get_state` and `set_state` (JSON). `facts` are the caller's,
     saved with each checkpoint; `accept` is given those of the checkpoint and raises an error if the
     run must not go on with others. A run that a hook has stopped has ended, and does so again when
-    it is resumed, unless it is told to `go_on`. `folder` is where hooks write, and where a batch is
+    it is resumed, unless it is told to `go_on`; with `forget_best` what was measured so far is none
+    to compare with, and is measured anew. `folder` is where hooks write, and where a batch is
     kept whose loss is not finite: that stops the run with FloatingPointError, the parameters as
     they were. A checkpoint of these is set aside, as they may be to blame: the run goes on from the
     one before.
@@ -114,9 +120,15 @@ def train(
         options = dataclasses.replace(options, group_norms=True)
     stepper = Step(model, optimisation, trainable=trainable, options=options)
     loop = _Loop(stepper, batches, hooks, store, dict(facts or {}), of_first(say))
-    run = loop.begin(model, accept, go_on, None if folder is None else Path(folder))
+    path = None if folder is None else Path(folder)
+    run = loop.begin(model, accept, path, go_on=go_on, forget_best=forget_best)
     with SafeStop() as signals:
         return loop.run_all(run, signals)
+
+
+# States of hooks that have compared measurements, or owe one: as they are after a change of what is
+# measured.
+MEASURED = {"EarlyStopping": EarlyStopping(patience=1).get_state(), "Evaluation": {"owed": True}}
 
 
 class _Next(NamedTuple):
@@ -139,11 +151,12 @@ class _Loop:
         self.say: Callable[[str], None] = say
         self.failed = False
         self.evaluated: Metrics = {}  # the last evaluation
+        self.evaluated_at: int | None = None
         self.best: Best | None = None
         self.saved = 0  # the step of the last checkpoint
         self.position: Any = None  # of the data, after the steps that are done
 
-    def begin(self, model: Transformer, accept: Callable, go_on: bool, folder: Path | None) -> Run:
+    def begin(self, model: Transformer, accept: Callable, folder: Path | None, **how: bool) -> Run:
         """The run at its start, or as the store has it."""
         if folder is not None and is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,24 +166,40 @@ class _Loop:
         run = Run(stepper=self.stepper, state=state, steps=steps, folder=folder, say=self.say)
         if found is not None:
             accept(found.facts["run"])
-            self._resume(run, found.step, found.facts, go_on)
+            self._resume(run, found.step, found.facts, **how)
         return run
 
-    def _resume(self, run: Run, step: int, facts: Mapping[str, Any], go_on: bool) -> None:
+    def _resume(
+        self, run: Run, step: int, facts: Mapping[str, Any], *, go_on: bool, forget_best: bool
+    ) -> None:
         run.step = self.saved = step
         for name, value in facts["counters"].items():
             setattr(run, name, value)
         self.position = facts["data"]
         if self.position is not None:
             self.batches.set_state(self.position)
-        give_states(self.hooks, facts["hooks"])
+        states = facts["hooks"]
         # What checkpoints of earlier versions do not have:
-        run.metrics, self.evaluated = facts.get("metrics", {}), facts.get("evaluation", {})
-        self.best = Best(*facts["best"]) if facts.get("best") else None
+        run.metrics = facts.get("metrics", {})
+        self.evaluated, self.evaluated_at = facts.get("evaluation", {}), facts.get("evaluated_at")
+        if forget_best:
+            states = {name: state for name, state in states.items() if name not in MEASURED}
+            for name in self.hooks.keys() & MEASURED:
+                self.hooks[name].set_state(MEASURED[name])
+        elif facts.get("best"):
+            self.best = self._still_there(run, Best(*facts["best"]))
+        give_states(self.hooks, states)
         if not go_on:
             run.ended = run.reason = facts.get("ended")
-        if run.reason is None and step < run.steps:
-            run.say(f"resumed after step {step}")
+
+    def _still_there(self, run: Run, best: Best) -> Best | None:
+        """The best evaluation, or else that of the best checkpoint that was kept."""
+        assert self.store is not None
+        if not self.store.options.keep_best or best.step in self.store.steps():
+            return best
+        kept = self.store.best()
+        run.say(f"the checkpoint of step {best.step}, the best, is gone; the best kept is {kept}")
+        return None if kept is None else Best(*kept)
 
     def run_all(self, run: Run, signals: SafeStop) -> Outcome:
         """All steps there are."""
@@ -181,6 +210,8 @@ class _Loop:
                 _call(run, name, hook.on_start)
             self._evaluation(run)
             following = None if run.reason else self._following(run, run.step)
+            if following is not None and run.step:
+                run.say(f"resumed after step {run.step}")
             if following is None and run.step == 0 and run.reason is None:
                 raise ValueError("batches: expected at least one, got none")
             while following is not None and run.reason is None:
@@ -189,6 +220,7 @@ class _Loop:
                 run.reason = "all steps are done" if run.step >= run.steps else "no more batches"
             if self.store is not None:
                 self._written(run, self.store.wait)
+        evaluated = self.evaluated if self.evaluated_at == run.step else {}
         return Outcome(
             model=run.model,
             state=run.state,
@@ -196,7 +228,7 @@ class _Loop:
             reason=run.reason,
             interrupted=run.interrupted,
             failed=self.failed,
-            metrics=run.metrics | self.evaluated,
+            metrics=run.metrics | evaluated,
             stepper=self.stepper,
             best=self.best,
         )
@@ -260,7 +292,7 @@ class _Loop:
         """Tell the hooks of what some of them have measured; whether it is the best so far."""
         if run.evaluation:
             self._tell(run, "on_eval")
-            self.evaluated = dict(run.evaluation)
+            self.evaluated, self.evaluated_at = dict(run.evaluation), run.step
         if run.step == 0 or run.metric is None or not math.isfinite(run.metric):
             return False
         sign = -1 if self.store is not None and self.store.options.best == "max" else 1
@@ -285,6 +317,7 @@ class _Loop:
             "hooks": {name: hook.get_state() for name, hook in self.hooks.items()},
             "metrics": _of_first_process(run.metrics),
             "evaluation": _of_first_process(self.evaluated),
+            "evaluated_at": self.evaluated_at,
             "best": self.best and list(self.best),
             "ended": run.ended,
         }

@@ -40,8 +40,8 @@ def no_weights(monkeypatch):
         (["mesh.data=2", "data.rows=6", "step.micro_batches=2"], "data.rows / step.micro_batches"),
         (["data.rows=6", "step.micro_batches=4"], "step.micro_batches: expected a divisor of data"),
         (["output="], "output: expected a folder, got an empty name"),
-        (["output=ROWS"], "is a file; choose another"),
-        (["output=ROWS/below"], "is a file; choose another"),
+        (["output=ROWS"], "is no folder; choose another"),
+        (["output=ROWS/below"], "is no folder; choose another"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -68,7 +68,7 @@ def test_two_runs_in_one_folder(config, tmp_path, no_weights, capfd):
     with CheckpointStore(tmp_path / "out" / "checkpoints") as store:
         store.lock()
         assert finetune(config) == 2
-        assert "expected one that no other run writes to" in capfd.readouterr().err
+        assert "expected a folder that no other run writes to" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

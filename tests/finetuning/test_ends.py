@@ -60,7 +60,8 @@ def test_the_result_is_of_the_best_evaluation(rising, base):
     losses = measured(out)
     best = min(losses, key=lambda step: losses[step])
 
-    assert record(out / "adapter") == {"step": best, "metric": losses[best], "changes": []}
+    found = record(out / "adapter")
+    assert (found["step"], found["metric"], found["changes"]) == (best, losses[best], [])
     assert best < max(losses)
     kept = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
     assert f"step-{best:08d}" in kept
@@ -140,13 +141,13 @@ def test_the_folder_is_the_run(copied, capfd):
 def test_a_result_that_was_half_written_is_written_again(copied):
     path, words, out = copied
     whole = tensors(out / "adapter")
-    (out / "adapter").rename(out / "adapter.writing")
-    (out / "adapter.writing" / "adapter.safetensors").write_bytes(whole[:100])
+    (out / "adapter").rename(out / ".adapter.writing")
+    (out / ".adapter.writing" / "adapter.safetensors").write_bytes(whole[:100])
 
     assert finetune(path, *words) == 0
 
     assert tensors(out / "adapter") == whole
-    assert not (out / "adapter.writing").exists()
+    assert not (out / ".adapter.writing").exists()
 
 
 def test_a_result_of_an_earlier_version_is_kept(copied):

@@ -124,5 +124,5 @@ def test_killed_anywhere(base, rows, other_rows, tmp_path, forks):
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
         found = list(threads.map(killed, chosen))
     assert sum(map(bool, found)) >= 0.8 * len(chosen)
-    for place in ("step", "checkpoints/", "write", "os.rename adapter.writing"):
+    for place in ("step", "checkpoints/", "write", "os.rename .adapter.writing"):
         assert any(place in text for text in found), place

@@ -90,6 +90,14 @@ class Store:
 
     def wait(self): ...
 
+    def set_aside(self, step):
+        return False
+
+    def steps(self):
+        return []
+
+    def best(self): ...
+
 
 def test_a_run_with_hooks(model, tmp_path):
     """In the order they are given, and backwards at the end; what they measure is written down."""

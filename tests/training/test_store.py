@@ -416,7 +416,7 @@ def test_a_folder_is_for_one_run(open_store, tmp_path):
 
     check_restored(store.restore(LIKE), 1)
     check_restored(other.restore(LIKE), 1)  # to read is no harm
-    with pytest.raises(ValueError, match="folder: expected one that no other run writes to, got"):
+    with pytest.raises(ValueError, match="checkpoints: expected a folder that no other run writes"):
         other.save(2, state(2), FACTS)
     store.close()
     other.save(2, state(2), FACTS)

@@ -65,11 +65,11 @@ class FakeStore:
 
     def __init__(self, every: int = 100, full_from: int = 100, keep_best: int = 0):
         self.options = CheckpointOptions(every=every, keep_best=keep_best)
-        self.full_from, self.kept, self.best = full_from, {}, []
+        self.full_from, self.kept, self.told_best = full_from, {}, []
         self.aside: tuple = ()
 
     def save(self, step, state, facts, *, metric=None, best=None):
-        self.best.append(best)
+        self.told_best.append(best)
         if step >= self.full_from:
             raise OSError(f"no space left; step {max(self.kept)} stays the latest")
         self.kept[step] = jax.tree.map(np.array, state), json.dumps(facts), metric
@@ -85,6 +85,14 @@ class FakeStore:
 
     def set_aside(self, step):
         self.aside = step, self.kept.pop(step)
+        return True
+
+    def steps(self):
+        return sorted(self.kept)
+
+    def best(self):
+        metrics = [(metric, step) for step, (_, _, metric) in self.kept.items() if metric]
+        return min(metrics)[::-1] if metrics else None
 
 
 class At(Hook):
@@ -328,7 +336,7 @@ def test_the_best_is_saved_when_it_is_measured(model, keep_best, metrics, saved,
 
     assert outcome.best == (best, float(metrics[best - 1]))
     assert [*store.kept] == saved
-    assert store.best[-1] == best
+    assert store.told_best[-1] == best
 
 
 def test_the_best_is_known_after_a_resume(model):
