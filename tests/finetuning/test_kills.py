@@ -120,7 +120,8 @@ def test_killed_anywhere(base, rows, other_rows, tmp_path, forks):
     places = list(enumerate(undisturbed["places"], start=1))
     of_result = [n for n, place in places if "adapter" in place or place == "write"]
     training = [n for n, _ in places if n < of_result[0]]
-    chosen = sorted(spread(training, AMID_TRAINING) | spread(of_result, AMID_THE_RESULT))
+    renamed = {n for n, place in places if place.startswith("os.rename .adapter.writing")}
+    chosen = sorted(spread(training, AMID_TRAINING) | spread(of_result, AMID_THE_RESULT) | renamed)
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
         found = list(threads.map(killed, chosen))
     assert sum(map(bool, found)) >= 0.8 * len(chosen)

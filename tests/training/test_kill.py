@@ -218,7 +218,7 @@ def test_a_run_that_moves(tmp_path):
                 assert found is not None
                 assert digest(found.state) == before
                 assert all(jax.tree.leaves(jax.tree.map(_lies_as, found.state, like)))
-            end = train(model, Rows(), optimisation, hooks=[losses], store=store)
+            end = train(model, Rows(), optimisation, hooks=[losses], store=store, go_on=True)
         before = digest(end.state)
         assert (end.step, len(losses.losses)) == (last, last)
 

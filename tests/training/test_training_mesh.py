@@ -254,7 +254,7 @@ def test_training(losses_on_one_device, sharded_config, batch, mesh, explicit):
 @pytest.mark.parametrize("optimiser", ["adamw", "adafactor", "muon"])
 def test_moments_are_as_split_as_parameters(sharded_config, optimiser):
     """Those of Adafactor, which are small, are whole. Updates are those of one device."""
-    options = dataclasses.replace(OPTIMISATION, optimiser=optimiser)
+    options = Optimisation(steps=3, learning_rate=1e-3, weight_decay=0.01, optimiser=optimiser)
     whole = random_model(one_layer(sharded_config))
     model = place(whole, make_mesh(fsdp=8))
     state = Step(model, options).first_state(model)
