@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the fields of options may be written as, and how their kinds and values are said.
 
-A date is text where text is wanted, `none` is None, one text is a list of one, and a bool is no
-number: the same in a file, on the command line and in Python. run_file.py reads the files.
+A date is text where text is wanted, `none` is None, one text is a list of one, and neither a bool
+nor a text is a number: the same in a file, on the command line and in Python. run_file.py reads the
+files.
 """
 
 import dataclasses
 import datetime
+import difflib
+import functools
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -74,7 +79,7 @@ def _inside(kind: Any) -> Any:
     if kind is Any:
         return lambda key: Any
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = hints_of(kind)
         return lambda key: hints.get(key, Any)
     if isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping):
         return lambda key: typing.get_args(kind)[1]
@@ -127,6 +132,250 @@ def kind_at(kind: Any, path: Sequence[str]) -> Any:
             continue
         kind = insides[0](key) if insides else None
     return None if kind is Any else kind
+
+
+@functools.lru_cache(maxsize=256)
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The kinds of a dataclass's fields by their names."""
+    return typing.get_type_hints(kind)
+
+
+def fields_of(kind: Any, where: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """The name, type and field of everything in a dataclass, tables before what is in them."""
+    hints = hints_of(kind)
+    for field in dataclasses.fields(kind):
+        path, hint = f"{where}{field.name}", hints[field.name]
+        yield path, hint, field
+        nested = dataclass_of(hint)
+        if nested is not None:
+            inside = f"{path}." if typing.get_origin(hint) is not tuple else f"{path}.N."
+            yield from fields_of(nested, inside)
+
+
+# Values of their kinds ---------------------------------------------------------------------------
+
+
+def settle(options: Any) -> None:
+    """Set the fields of a frozen dataclass that was made in Python to what a file would give.
+
+    To be called first in `__post_init__`. A path becomes text, a list or an iterator a tuple, one
+    text a tuple of one, a NumPy number Python's, a mapping the dataclass that it describes. Raises
+    ValueError with all that cannot be.
+    """
+    fitting = Fitting(type(options), PYTHON)
+    hints = hints_of(type(options))
+    for field in dataclasses.fields(options):
+        given = getattr(options, field.name)
+        value = fitting.field(hints[field.name], given, field.name)
+        if value is not given:
+            object.__setattr__(options, field.name, value)
+    if fitting.problems:
+        raise ValueError("; ".join(fitting.problems))
+
+
+# What a value of a kind is called, in a file and in Python.
+FILE = {str: "text in quotes", dict: "a table", list: "a list"}
+PYTHON = {str: "text", dict: "a mapping", list: "a list or tuple"}
+NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class Fitting:
+    """Makes values of the kinds that fields want, and collects what is wrong with them.
+
+    `root` is the dataclass among whose fields one for an unknown key is looked for; it may have a
+    table `other_names` of what fields are called elsewhere.
+    """
+
+    def __init__(self, root: Any, words: Mapping[Any, str]):
+        self.root, self.words = root, words
+        self.problems: list[str] = []
+
+    def field(self, kind: Any, value: Any, name: str) -> Any:
+        """A value as its field wants it, or as it is if it cannot be."""
+        if any(map(is_list, members(kind))) and isinstance(value, Iterator):
+            value = tuple(value)
+        found: list[str] = []
+        value = adapted(kind, value, found, name)
+        fitted = self._fitted(kind, value, name)
+        said = {text.partition(":")[0] for text in self.problems}
+        self.problems += [text for text in found if text.partition(":")[0] not in said]
+        return fitted
+
+    def table(self, kind: Any, fields: Mapping[str, Any], name: str) -> Any:
+        """The dataclass that a mapping describes, or None."""
+        before, inside = len(self.problems), f"{name}." if name else ""
+        hints = hints_of(kind)
+        for key in fields:
+            if key not in hints:
+                hint = self._hint(f"{inside}{key}", hints, fields[key])
+                self.problems.append(f"{inside}{key}: unknown key ({hint})")
+        values = {
+            key: self.field(hints[key], value, f"{inside}{key}")
+            for key, value in fields.items()
+            if key in hints
+        }
+        self.problems += [
+            f"{inside}{field.name}: missing"
+            for field in dataclasses.fields(kind)
+            if field.name not in fields
+            and field.default is field.default_factory is dataclasses.MISSING
+        ]
+        if len(self.problems) > before:
+            return None
+        try:
+            return kind(**values)
+        except ValueError as error:
+            self.problems += said_by(kind, name, str(error))
+            return None
+
+    def _fitted(self, kind: Any, value: Any, name: str) -> Any:
+        value = _without_dtype(value)
+        if value is None and (kind is type(None) or type(None) in typing.get_args(kind)):
+            return None
+        kinds = members(kind)
+        for one in kinds:
+            if is_list(one) and _is_one_of(one, value):
+                return self._list(one, (value,), name)
+            if _fits(one, value):
+                return self._inside(one, value, name)
+        self.problems.append(f"{name}: expected {self._wanted(kinds, value)}, got {shown(value)}")
+        return value
+
+    def _inside(self, kind: Any, value: Any, name: str) -> Any:
+        if is_list(kind):
+            return self._list(kind, value, name)
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, str):
+                value = {next(iter(hints_of(kind))): value}
+            return self.table(kind, value, name) if isinstance(value, Mapping) else value
+        if _is_mapping(kind):
+            return self._mapping(kind, value, name)
+        if kind is float:
+            return float(value)
+        return int(value) if kind is int else value
+
+    def _list(self, kind: Any, values: Sequence[Any], name: str) -> Any:
+        kinds = typing.get_args(kind)
+        if len(kinds) == 1 or kinds[1] is ...:
+            kinds = kinds[:1] * len(values)
+        if len(kinds) != len(values):
+            less = len(values) < len(kinds)
+            wrong = f"more values, got {shown(values)}"
+            self.problems.append(
+                f"{name}: expected {wrong if less else f'{len(kinds)} values, got {len(values)}'}"
+            )
+            return values
+        parts = tuple(
+            self._fitted(one, part, f"{name}.{number}")
+            for number, (one, part) in enumerate(zip(kinds, values, strict=True))
+        )
+        same = all(one is other for one, other in zip(parts, values, strict=True))
+        return values if same and isinstance(values, tuple) else parts
+
+    def _mapping(self, kind: Any, values: Mapping[Any, Any], name: str) -> Any:
+        inside = typing.get_args(kind)[1]
+        self.problems += [
+            f"{name}: expected names of text, got {key!r}"
+            for key in values
+            if not isinstance(key, str)
+        ]
+        parts = {key: self._fitted(inside, part, f"{name}.{key}") for key, part in values.items()}
+        return values if all(parts[key] is values[key] for key in parts) else parts
+
+    def _wanted(self, kinds: Sequence[Any], value: Any) -> str:
+        """What was expected in a value's place, said once and without what only Python has."""
+        if isinstance(value, float) and float in kinds:
+            return "a finite number"
+        found = []
+        for one in kinds:
+            if typing.get_origin(one) is typing.Literal:
+                found += map(repr, typing.get_args(one))
+            elif is_list(one):
+                found.append(self.words[list])
+            elif dataclasses.is_dataclass(one) and self.words is PYTHON:
+                found.append(f"{one.__name__}, or a mapping of its fields")
+            elif dataclasses.is_dataclass(one) or _is_mapping(one):
+                found.append(self.words[dict])
+            elif one in NUMBERS or one in self.words:
+                found.append({**NUMBERS, **self.words}[one])
+            elif self.words is PYTHON:
+                found.append(f"a {one.__name__} that is made")
+        return " or ".join(dict.fromkeys(found))
+
+    def _hint(self, path: str, known: Mapping[str, Any], value: Any) -> str:
+        """A field that is meant: by another name for it, of the same table, or one near it."""
+        table, _, key = path.rpartition(".")
+        if meant := getattr(self.root, "other_names", {}).get(key):
+            return f"did you mean {meant}?"
+        near = difflib.get_close_matches(key, known, n=1)
+        last: dict[str, list[str]] = {}
+        for name, _, _ in fields_of(self.root):
+            last.setdefault(name.rpartition(".")[2], []).append(name)
+        if key in last and not isinstance(value, dict):
+            near = sorted(last[key], key=lambda name: _apart(name, table))[:3]
+        elif not near and (others := difflib.get_close_matches(key, last, n=1)):
+            near = sorted(last[others[0]], key=lambda name: _apart(name, table))[:3]
+        if near:
+            return f"did you mean {' or '.join(near)}?"
+        return f"expected one of {', '.join(known)}"
+
+
+def _apart(name: str, table: str) -> float:
+    """How little the table of a field is called as another one."""
+    around = name.rpartition(".")[0]
+    return -difflib.SequenceMatcher(None, around, table).ratio()
+
+
+def _without_dtype(value: Any) -> Any:
+    """A single number of NumPy's or jax's as Python's; everything else as it is."""
+    is_single = getattr(value, "ndim", None) == 0 and hasattr(value, "dtype")
+    return value.item() if is_single else value
+
+
+def _is_one_of(kind: Any, value: Any) -> bool:
+    """Whether it is a single one of a list of tables or objects, which stands for the list."""
+    kinds, rest = members(typing.get_args(kind)[0]), typing.get_args(kind)[1:]
+    if rest != (...,) or isinstance(value, list | tuple):
+        return False
+    tables = [one for one in kinds if dataclasses.is_dataclass(one)]
+    return bool(tables) and any(_fits(one, value) for one in kinds)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a kind, or describes one: what is in it is not looked at."""
+    if kind is Any:
+        return True
+    if typing.get_origin(kind) is typing.Literal:
+        return any(type(value) is type(one) and value == one for one in typing.get_args(kind))
+    if is_list(kind):
+        return isinstance(value, list | tuple)
+    if _is_mapping(kind):
+        return isinstance(value, Mapping)
+    if dataclasses.is_dataclass(kind):
+        is_text = isinstance(value, str) and getattr(kind, "may_be_text", False)
+        return is_text or isinstance(value, Mapping | typing.cast(Any, kind))
+    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return _is_number(kind, value)
+    return kind not in (int, float) and isinstance(value, kind)
+
+
+def _is_number(kind: Any, value: int | float) -> bool:
+    try:
+        return math.isfinite(value) and (kind is float or value == int(value))
+    except OverflowError:  # a whole number that no float is as great as
+        return kind is int
+
+
+def _is_mapping(kind: Any) -> bool:
+    return isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping)
+
+
+def said_by(table: Any, name: str, message: str) -> Iterator[str]:
+    """What a dataclass says of its fields, under their whole names."""
+    names = "|".join(hints_of(table))
+    for text in re.split(rf"; (?=(?:{names})[.:\[])", message):
+        is_of_field = re.match(rf"(?:{names})[.:\[]", text)
+        yield f"{name}{'.' if is_of_field else ': '}{text}" if name else text
 
 
 # In words ----------------------------------------------------------------------------------------

@@ -5,23 +5,20 @@ The dataclasses say what there is, which kind each field is of, and what it is i
 none of them; configs/ has the files. What values may be written as is in field_kinds.py.
 """
 
+import contextlib
 import dataclasses
-import difflib
 import json
 import re
 import tomllib
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from gptoss_jax.field_kinds import (
-    adapted,
-    dataclass_of,
+    FILE,
+    Fitting,
+    fields_of,
     in_words,
-    is_list,
     kind_at,
     members,
     shown,
@@ -32,18 +29,7 @@ T = TypeVar("T")
 
 # NAME=VALUE, where quotes in a name may hold anything: lora.ranks."moe.*"=4.
 OVERRIDE = re.compile(r"""((?:[^"'=]|"[^"]*"|'[^']*')*)=(.*)""", re.DOTALL)
-# What pydantic finds wrong -> what it expected.
-EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "string": "text in quotes",
-    "bool": "true or false",
-    "tuple": "a list",
-    "list": "a list",
-    "dataclass": "a table",
-    "mapping": "a table",
-    "dict": "a table",
-}
+TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def read_run(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -59,6 +45,8 @@ def read_run(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
     try:  # a byte order mark is no part of the text
         text = path.read_text(encoding="utf-8-sig")
         fields = _begun(text) if path.suffix == ".json" else tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path}: expected TOML, got too many brackets in brackets") from None
     except ValueError as error:
         raise ValueError(f"{path}: expected TOML, got {error}") from None
     later, problems = [], []
@@ -85,92 +73,17 @@ def from_fields(kind: type[T], fields: Mapping[str, Any], *, where: str) -> T:
     return _made(kind, fields, where, ())
 
 
-def settle(options: Any) -> None:
-    """Set the fields of a frozen dataclass that was made in Python to what a file would give.
-
-    To be called first in `__post_init__`. A path becomes text, a list a tuple, one text a tuple of
-    one, a mapping the dataclass that it describes. Raises ValueError with all that cannot be.
-    """
-    problems: list[str] = []
-    hints = typing.get_type_hints(type(options))
-    for field in dataclasses.fields(options):
-        given = getattr(options, field.name)
-        value = adapted(hints[field.name], given, problems, field.name)
-        try:
-            value = _with_tables(hints[field.name], value, field.name)
-        except ValueError as error:
-            problems.append(str(error))
-        if value is not given:
-            object.__setattr__(options, field.name, value)
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _with_tables(kind: Any, value: Any, name: str) -> Any:
-    """A value with dataclasses in place of the mappings that describe them, and no lists."""
-    nested, kinds = dataclass_of(kind), members(kind)
-    if isinstance(value, list | tuple) and any(map(is_list, kinds)):
-        parts = [_with_tables(nested, part, f"{name}.{n}") for n, part in enumerate(value)]
-        same = all(one is other for one, other in zip(parts, value, strict=True))
-        return value if same and isinstance(value, tuple) else tuple(parts)
-    if isinstance(value, Mapping) and nested is not None and nested in kinds:
-        return from_fields(nested, value, where=name)
-    return value
-
-
 def _made(kind: type[T], fields: Mapping[str, Any], where: str, later: Sequence[str]) -> T:
     """The same; `later` are the names of fields that the command line has set."""
-    problems = list(_unknown(kind, fields))
-    taken = adapted(kind, fields, problems)
-    known = {problem.partition(":")[0] for problem in problems}
-    try:
-        made = TypeAdapter(kind).validate_python(taken)
-    except ValidationError as error:
-        found = [line for problem in error.errors() for line in _said(kind, problem)]
-        problems += [line for line in found if line.partition(":")[0] not in known]
-        made = None
-    if problems or made is None:
-        raise ValueError(f"{where}: " + "; ".join(_blamed(text, later) for text in problems))
+    fitting = Fitting(kind, FILE)
+    made = fitting.table(kind, fields, "")
+    if fitting.problems:
+        said = "; ".join(_blamed(text, later) for text in fitting.problems)
+        raise ValueError(f"{where}: {said}")
     return made
 
 
 # What is wrong -----------------------------------------------------------------------------------
-
-
-def _said(kind: Any, problem: Any) -> Iterator[str]:
-    """A line for each thing that pydantic, or a dataclass itself, has found wrong at one place."""
-    tables = {dataclass_of(hint) for _, hint, _ in _fields(kind)} - {None}
-    unions = {table.__name__ for table in tables}  # pydantic says which of a union it has tried
-    place = [str(part) for part in problem["loc"] if part not in unions]
-    if problem["type"] == "value_error":
-        found = dataclass_of(kind_at(kind, place) if place else kind)
-        yield from _said_by(found, ".".join(place), problem["msg"].removeprefix("Value error, "))
-    elif problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
-        yield f"{'.'.join(place[:-1])}: expected more values, got {shown(problem['input'])}"
-    elif problem["type"] != "is_instance_of":  # what only Python can give
-        yield f"{'.'.join(place) or 'all of it'}: {_expected(problem)}"
-
-
-def _said_by(table: Any, name: str, message: str) -> Iterator[str]:
-    """What a dataclass says of its fields, under their whole names."""
-    names = "|".join(typing.get_type_hints(table)) if table else "(?!)"
-    for text in re.split(rf"; (?=(?:{names})[.:\[])", message):
-        is_of_field = re.match(rf"(?:{names})[.:\[]", text)
-        yield f"{name}{'.' if is_of_field else ': '}{text}" if name else text
-
-
-def _expected(problem: Any) -> str:
-    what, _, wrong = problem["type"].partition("_")
-    if problem["type"] == "missing":
-        return "missing"
-    context = problem.get("ctx", {})
-    if what == "too":  # long, for a list of so many
-        return f"expected {context['max_length']} values, got {context['actual_length']}"
-    if what == "literal":
-        expected = context["expected"]
-    else:
-        expected = EXPECTED.get(what) if wrong else None
-    return f"expected {expected or repr(problem['msg'])}, got {shown(problem['input'])}"
 
 
 def _blamed(text: str, later: Sequence[str]) -> str:
@@ -188,38 +101,6 @@ def _blamed(text: str, later: Sequence[str]) -> str:
         if around in (table, name) and re.search(rf"\b{re.escape(field)}\b", rest):
             return f"{text} ({path} is set on the command line)"
     return text
-
-
-def _unknown(
-    kind: Any, fields: Mapping[str, Any], where: str = "", root: Any = None
-) -> Iterator[str]:
-    """A line for every key of a table that the dataclass, or one nested in it, does not have."""
-    known, root = typing.get_type_hints(kind), root or kind
-    for key, value in fields.items():
-        if key not in known:
-            yield f"{where}{key}: unknown key ({_hint(key, known, root, value)})"
-            continue
-        nested = dataclass_of(known[key])
-        tables = value if isinstance(value, list) else [value]
-        for number, table in enumerate(tables):
-            if isinstance(table, dict) and nested is not None:
-                inside = f"{where}{key}.{number}." if table is not value else f"{where}{key}."
-                yield from _unknown(nested, table, inside, root)
-
-
-def _hint(key: str, known: Mapping[str, Any], root: Any, value: Any) -> str:
-    """A field of another table that is called so, or one of a name that is almost the same."""
-    last = {}
-    for path, _, _ in _fields(root):
-        last.setdefault(path.rpartition(".")[2], []).append(path)
-    near = difflib.get_close_matches(key, known, n=1)
-    if key in last and not isinstance(value, dict):
-        near = last[key][:3]
-    elif not near and (others := difflib.get_close_matches(key, last, n=1)):
-        near = last[others[0]][:3]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"expected one of {', '.join(known)}"
 
 
 # What the command line sets ----------------------------------------------------------------------
@@ -260,15 +141,28 @@ def _value(override: str, text: str, kind: Any) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
+    except RecursionError:
+        raise ValueError(f"{override}: expected TOML, got too many brackets in brackets") from None
     except ValueError as error:
         if text.lstrip()[:1] in ("[", "{", '"', "'"):
             raise ValueError(
                 f"{override}: expected TOML after the equals sign, got {error}; quote all of it "
                 """for the shell, as 'data.train=["a.jsonl"]'"""
             ) from None
-        return text
+        return _plain(text, members(kind))
     is_text = takes_text(kind) and not isinstance(value, str | bool | list | dict)
     return text if is_text else value
+
+
+def _plain(text: str, kinds: Sequence[Any]) -> Any:
+    """A number or a truth as Python or a shell may have it, which is no TOML: .5, True, 020."""
+    if bool in kinds and (word := text.strip().lower()) in TRUTHS:
+        return TRUTHS[word]
+    for kind in (int, float):
+        if kind in kinds and str not in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    return text
 
 
 # What there is -----------------------------------------------------------------------------------
@@ -276,25 +170,13 @@ def _value(override: str, text: str, kind: Any) -> Any:
 
 def fields_table(kind: Any) -> str:
     """A line for each field of a dataclass and those nested in it: its name, kind and default."""
-    rows = [(path, in_words(hint), _default(field)) for path, hint, field in _fields(kind)]
+    rows = [(path, in_words(hint), _default(field)) for path, hint, field in fields_of(kind)]
     rows = [row for row in rows if row[1]]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(
         f"{path:{widths[0]}}  {words:{widths[1]}}  {default}".rstrip()
         for path, words, default in rows
     )
-
-
-def _fields(kind: Any, where: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """The name, type and field of everything in a dataclass, tables before what is in them."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        path, hint = f"{where}{field.name}", hints[field.name]
-        yield path, hint, field
-        nested = dataclass_of(hint)
-        if nested is not None:
-            inside = f"{path}." if typing.get_origin(hint) is not tuple else f"{path}.N."
-            yield from _fields(nested, inside)
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -7,11 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pytest
-from pydantic import InstanceOf
 
-from gptoss_jax.field_kinds import in_words
+from gptoss_jax.field_kinds import in_words, settle
 from gptoss_jax.mesh_file import read_mesh
-from gptoss_jax.run_file import fields_table, from_fields, read_run, settle
+from gptoss_jax.run_file import fields_table, from_fields, read_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +190,7 @@ class Driver:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yard:
-    carts: tuple[Cart | InstanceOf[Driver], ...] = ()
+    carts: tuple[Cart | Driver, ...] = ()
     first: Cart | None = None
     folder: str = "."
     tags: tuple[str, ...] = ()
@@ -216,7 +215,7 @@ def test_what_python_gives():
     assert Yard(tags=listed).tags == ("p", "q")
     wrong: Any = {"first": {"nam": "b"}, "carts": (), "folder": "none"}
     with pytest.raises(
-        ValueError, match=r"first: nam: unknown key \(did you mean name\?\); name: m"
+        ValueError, match=r"first.nam: unknown key \(did you mean name\?\); first.name: m"
     ):
         Yard(**wrong)
 

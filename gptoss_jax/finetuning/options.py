@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from flax import nnx
-from pydantic import InstanceOf
 
+from gptoss_jax.field_kinds import settle
 from gptoss_jax.mesh_file import WrittenMesh, written_mesh
 from gptoss_jax.training.data import DataOptions
 from gptoss_jax.training.hooks import Hook
@@ -28,6 +28,9 @@ class BaseOptions:
     adapter: str | None = None  # a folder of adapters of that checkpoint, which are trained on
     experts: Literal["packed", "bf16"] | None = None  # None: as they are; bf16 without adapters
     dtype: Literal["bfloat16", "float32"] | None = None  # None: what suits the device
+
+    def __post_init__(self):
+        settle(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +50,11 @@ class WatchOptions:
     trackio: str | None = None  # a project
 
     def __post_init__(self):
+        settle(self)
         problems = [
             f"{name}: expected a whole number of at least 1, got {value!r}"
             for name in ("evaluate_every", "patience", "samples_every", "router_every", "log_every")
-            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1)
+            if (value := getattr(self, name)) is not None and value < 1
         ]
         problems += [
             f"{name}: expected the name of a project, got ''"
@@ -68,10 +72,48 @@ class WatchOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HookOptions:
-    """A hook of the user's own: a class made from training.hooks.Hook."""
+    """A hook of the user's own: a class made from training.hooks.Hook; its target alone may stand
+    for it."""
+
+    may_be_text = True  # see field_kinds.Fitting
 
     target: str  # module:Class
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        settle(self)
+
+
+# What others call fields -> which are meant.
+OTHER_NAMES = {
+    "lr": "optimisation.learning_rate",
+    "max_steps": "optimisation.steps",
+    "optimizer": "optimisation.optimiser",
+    "lr_scheduler_type": "optimisation.schedule",
+    "warmup": "optimisation.warmup_steps",
+    "warmup_ratio": "optimisation.warmup_share",
+    "max_grad_norm": "optimisation.clip_norm",
+    "batch_size": "data.rows",
+    "per_device_train_batch_size": "data.rows",
+    "num_train_epochs": "data.epochs",
+    "num_epochs": "data.epochs",
+    "max_length": "data.length",
+    "max_seq_length": "data.length",
+    "seq_len": "data.length",
+    "gradient_accumulation_steps": "step.micro_batches",
+    "gradient_checkpointing": "step.remat",
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "target_modules": "lora.targets",
+    "use_rslora": "lora.rslora",
+    "model_name_or_path": "model.checkpoint",
+    "output_dir": "output",
+    "save_steps": "checkpoints.every",
+    "save_total_limit": "checkpoints.keep_last",
+    "eval_steps": "watch.evaluate_every",
+    "logging_steps": "watch.log_every",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +121,10 @@ class FinetuneRun:
     """Everything that decides what comes out.
 
     Without `lora`, and without `model.adapter`, all parameters are trained. A table may be given as
-    a mapping of its fields, `output` as a path, and `hooks` as hooks that are made already.
+    a mapping of its fields, `output` as a path, and `hooks` as hooks that are made already, or one.
     """
+
+    other_names = OTHER_NAMES
 
     output: str  # the folder of checkpoints, metrics and the result
     data: DataOptions
@@ -96,38 +140,17 @@ class FinetuneRun:
     step: StepOptions = dataclasses.field(default_factory=StepOptions)
     checkpoints: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
-    hooks: tuple[HookOptions | InstanceOf[Hook], ...] = ()
+    hooks: tuple[HookOptions | Hook, ...] = ()
 
     def __post_init__(self):
-        from gptoss_jax.run_file import settle
-
         settle(self)
-        self._check_kinds()
         problems = [*self._of_the_model(), *self._without_effect()]
-        if self.result not in (None, "best", "last"):
-            problems.append(f"result: expected best or last, got {self.result!r}")
         if not self.output:
             problems.append("output: expected a folder, got an empty name; name one")
         if self.data.share_beginning:
             problems += self._not_shared()
         if self.optimisation.steps is None and self.data.epochs is None:
             problems.append("optimisation.steps: expected a number, or data.epochs, got neither")
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    def _check_kinds(self) -> None:
-        """Of what was given in Python, which no file describes."""
-        problems = [
-            f"{name}: expected {kind.__name__}, or a mapping of its fields, got {value!r}"
-            for name, kind in TABLES.items()
-            if not isinstance(value := getattr(self, name), kind)
-            and (name, value) != ("lora", None)
-        ]
-        problems += [
-            f"hooks: expected a Hook that is made, or HookOptions, got {hook!r}"
-            for hook in self.hooks
-            if not isinstance(hook, Hook | HookOptions)
-        ]
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptoss_jax.field_kinds import settle
 from gptoss_jax.model.adapter import (
     ATTENTION,
     LINEARS,
@@ -28,6 +29,8 @@ from gptoss_jax.model.adapter import (
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.mxfp4 import Mxfp4
 from gptoss_jax.sharding import Placement
+
+MOST_RANK = 8192  # more than any layer of gpt-oss is wide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,24 +47,20 @@ class LoraOptions:
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        settle(self)
         numbers = {"rank": self.rank, **{f"ranks[{p!r}]": r for p, r in self.ranks.items()}}
         problems = [
-            f"{name}: expected a whole number of at least 1, got {rank!r}"
+            f"{name}: expected a whole number from 1 to {MOST_RANK}, got {rank!r}"
             for name, rank in numbers.items()
-            if type(rank) is not int or rank < 1
+            if not 1 <= rank <= MOST_RANK
         ]
         numbers = {"alpha": self.alpha, **{f"alphas[{p!r}]": a for p, a in self.alphas.items()}}
         problems += [
             f"{name}: expected a number greater than 0, got {alpha!r}"
             for name, alpha in numbers.items()
-            if not (type(alpha) in (int, float) and 0 < alpha < math.inf)
+            if alpha <= 0
         ]
-        if isinstance(self.targets, str):
-            problems.append(
-                f"targets: expected a tuple of patterns, got {self.targets!r}; write "
-                f"({self.targets!r},)"
-            )
-        elif not self.targets:
+        if not self.targets:
             problems.append(
                 f"targets: expected patterns of names as {', '.join(LINEARS)}, got none"
             )

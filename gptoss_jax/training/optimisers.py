@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from optax import contrib
 
+from gptoss_jax.field_kinds import settle
 from gptoss_jax.training.rates import FALLS, Rates, rate_after
 
 # Which axes of a kernel are its inputs and outputs; all others count matrices. The embedding, the
@@ -28,6 +29,7 @@ MATRICES = {
     ("moe", "gate_up", "kernel"): ((3,), (2,)),
     ("moe", "down", "kernel"): ((2,), (1,)),
 }
+MOST_STEPS = 2**31 - 1  # optax counts them in int32
 MUON_SIZE = 0.2  # root mean square of an update, about that of Adam's (arXiv 2502.16982)
 
 
@@ -57,15 +59,13 @@ class Optimisation:
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moments
 
     def __post_init__(self):
+        settle(self)
         problems = [*_out_of_range(self)]
         if self.warmup_share is not None and self.warmup_steps:
             problems.append(
                 f"warmup_share: expected none beside warmup_steps={self.warmup_steps!r}, got "
                 f"{self.warmup_share!r}; leave one of them out"
             )
-        for name, among in (("optimiser", _CORES), ("schedule", FALLS)):
-            if getattr(self, name) not in among:
-                problems.append(f"{name}: expected {', '.join(among)}, got {getattr(self, name)!r}")
         if problems or (problems := [*_without_effect(self)]):
             raise ValueError("; ".join(problems))
 
@@ -119,9 +119,10 @@ class Optimisation:
 
 def _out_of_range(options: Any) -> Iterator[str]:
     shares = ("final_share", "decay_share", "beta1", "beta2", "muon_beta")
-    most = math.inf if options.steps is None else options.steps
+    most = MOST_STEPS if options.steps is None else options.steps
     for names, what, right in (
         (("steps",), "a whole number of at least 1", lambda x: x is None or x >= 1),
+        (("steps",), f"at most {MOST_STEPS}", lambda x: x is None or x <= MOST_STEPS),
         (("warmup_steps",), f"0 to steps={options.steps}", lambda x: 0 <= x <= most),
         (("warmup_share",), "0 to 1, or none", lambda x: x is None or 0 <= x <= 1),
         (("learning_rate", "eps"), "a number above 0", lambda x: x > 0),

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from gptoss_jax.device import TraceContext, in_this_context, program_cache, trace_context
+from gptoss_jax.field_kinds import settle
 from gptoss_jax.model.cache import new_positions
 from gptoss_jax.model.placed import leaf_specs
 from gptoss_jax.model.transformer import Transformer
@@ -50,12 +51,13 @@ class StepOptions:
     group_norms: bool = False  # of the gradients of each layer, embedding and so on
 
     def __post_init__(self):
+        settle(self)
         problems = [
             f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}"
             for name in ("micro_batches", "loss_chunk")
             if getattr(self, name) < 1
         ]
-        if not self.router_aux_loss >= 0:
+        if self.router_aux_loss < 0:
             problems.append(f"router_aux_loss: expected at least 0, got {self.router_aux_loss!r}")
         if problems:
             raise ValueError("; ".join(problems))

@@ -25,6 +25,7 @@ from typing import IO, Any, Generic, Literal, TypeVar
 import jax
 
 from gptoss_jax.distributed import agree, everyones, is_first, together
+from gptoss_jax.field_kinds import settle
 from gptoss_jax.training import checkpoint
 from gptoss_jax.training.manifest import (
     check_manifest,
@@ -59,6 +60,7 @@ class CheckpointOptions:
     best: Literal["min", "max"] = "min"
 
     def __post_init__(self):
+        settle(self)
         problems = [
             f"{name}: expected {least} or more, got {value}"
             for name, value, least in (
@@ -66,10 +68,8 @@ class CheckpointOptions:
                 ("keep_last", self.keep_last, 1),
                 ("keep_best", self.keep_best, 0),
             )
-            if not isinstance(value, int) or value < least
+            if value < least
         ]
-        if self.best not in ("min", "max"):
-            problems.append(f"best: expected 'min' or 'max', got {self.best!r}")
         if problems:
             raise ValueError("; ".join(problems))
 
