@@ -173,10 +173,21 @@ def settle(options: Any) -> None:
         raise ValueError("; ".join(fitting.problems))
 
 
+def from_python(kind: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """The dataclass that a mapping made in Python describes; `where` begins what is wrong."""
+    fitting = Fitting(kind, PYTHON)
+    made = fitting.table(kind, fields, "")
+    if fitting.problems:
+        raise ValueError(f"{where}: {'; '.join(fitting.problems)}")
+    return made
+
+
 # What a value of a kind is called, in a file and in Python.
-FILE = {str: "text in quotes", dict: "a table", list: "a list"}
-PYTHON = {str: "text", dict: "a mapping", list: "a list or tuple"}
-NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
+NUMBERS = {int: "a whole number", float: "a number"}
+FILE = {str: "text in quotes", dict: "a table", list: "a list", bool: "true or false", **NUMBERS}
+PYTHON = {
+    str: "text", dict: "a mapping", list: "a list or tuple", bool: "True or False", **NUMBERS
+}  # fmt: skip
 
 
 class Fitting:
@@ -238,7 +249,8 @@ class Fitting:
                 return self._list(one, (value,), name)
             if _fits(one, value):
                 return self._inside(one, value, name)
-        self.problems.append(f"{name}: expected {self._wanted(kinds, value)}, got {shown(value)}")
+        wanted = self._wanted(kind, value)
+        self.problems.append(f"{name}: expected {wanted}, got {self._shown(value)}")
         return value
 
     def _inside(self, kind: Any, value: Any, name: str) -> Any:
@@ -260,7 +272,7 @@ class Fitting:
             kinds = kinds[:1] * len(values)
         if len(kinds) != len(values):
             less = len(values) < len(kinds)
-            wrong = f"more values, got {shown(values)}"
+            wrong = f"more values, got {self._shown(values)}"
             self.problems.append(
                 f"{name}: expected {wrong if less else f'{len(kinds)} values, got {len(values)}'}"
             )
@@ -282,25 +294,36 @@ class Fitting:
         parts = {key: self._fitted(inside, part, f"{name}.{key}") for key, part in values.items()}
         return values if all(parts[key] is values[key] for key in parts) else parts
 
-    def _wanted(self, kinds: Sequence[Any], value: Any) -> str:
+    def _wanted(self, kind: Any, value: Any) -> str:
         """What was expected in a value's place, said once and without what only Python has."""
+        kinds = members(kind)
         if isinstance(value, float) and float in kinds:
             return "a finite number"
-        found = []
-        for one in kinds:
-            if typing.get_origin(one) is typing.Literal:
-                found += map(repr, typing.get_args(one))
-            elif is_list(one):
-                found.append(self.words[list])
-            elif dataclasses.is_dataclass(one) and self.words is PYTHON:
-                found.append(f"{one.__name__}, or a mapping of its fields")
-            elif dataclasses.is_dataclass(one) or _is_mapping(one):
-                found.append(self.words[dict])
-            elif one in NUMBERS or one in self.words:
-                found.append({**NUMBERS, **self.words}[one])
-            elif self.words is PYTHON:
-                found.append(f"a {one.__name__} that is made")
-        return " or ".join(dict.fromkeys(found))
+        found = [word for one in kinds for word in self._words(one)]
+        if type(None) in typing.get_args(kind):
+            found.append(self._shown(None))
+        found = list(dict.fromkeys(found))
+        return " or ".join([", ".join(found[:-1]), found[-1]] if found[:-1] else found)
+
+    def _words(self, kind: Any) -> Iterator[str]:
+        if typing.get_origin(kind) is typing.Literal:
+            yield from map(repr, typing.get_args(kind))
+        elif is_list(kind):
+            yield self.words[list]
+        elif dataclasses.is_dataclass(kind) and self.words is PYTHON:
+            yield from (getattr(kind, "__name__", "options"), "a mapping of its fields")
+        elif dataclasses.is_dataclass(kind) or _is_mapping(kind):
+            yield self.words[dict]
+        elif kind in self.words:
+            yield self.words[kind]
+        elif self.words is PYTHON:
+            yield f"a {kind.__name__} that is made"
+
+    def _shown(self, value: Any) -> str:
+        if self.words is FILE:
+            return shown(value)
+        text = repr(value)
+        return text if len(text) <= 200 else f"{text[:200]}..."
 
     def _hint(self, path: str, known: Mapping[str, Any], value: Any) -> str:
         """A field that is meant: by another name for it, of the same table, or one near it."""
@@ -311,7 +334,7 @@ class Fitting:
         last: dict[str, list[str]] = {}
         for name, _, _ in fields_of(self.root):
             last.setdefault(name.rpartition(".")[2], []).append(name)
-        if key in last and not isinstance(value, dict):
+        if not near and key in last and not isinstance(value, dict):
             near = sorted(last[key], key=lambda name: _apart(name, table))[:3]
         elif not near and (others := difflib.get_close_matches(key, last, n=1)):
             near = sorted(last[others[0]], key=lambda name: _apart(name, table))[:3]

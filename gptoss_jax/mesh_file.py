@@ -55,7 +55,7 @@ def read_mesh(text: str | Path) -> WrittenMesh:
 
 def written_mesh(tables: Mapping[str, Any], where: str) -> WrittenMesh:
     """What the tables [mesh] and [rules] say; `where` they were found begins an error."""
-    problems = list(_problems(tables))
+    problems = list(mesh_problems(tables))
     if problems:
         raise ValueError(f"mesh: {where}: " + "; ".join(problems))
     rules = {name: tuple(axes) for name, axes in tables.get("rules", {}).items()}
@@ -84,7 +84,8 @@ def _file(path: Path) -> dict[str, Any]:
         raise ValueError(f"mesh: {path}: expected TOML, got {error}") from None
 
 
-def _problems(tables: Mapping[str, Any]) -> Iterator[str]:
+def mesh_problems(tables: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the tables [mesh] and [rules], each by its field."""
     yield from _unknown("", tables, ("mesh", "rules"))
     if "mesh" not in tables:
         yield "mesh: missing; it has the size of each axis"

@@ -168,10 +168,15 @@ def _plain(text: str, kinds: Sequence[Any]) -> Any:
 # What there is -----------------------------------------------------------------------------------
 
 
+def fields_list(kind: Any) -> list[dict[str, str]]:
+    """The name, kind and default of each field of a dataclass and those nested in it, in words."""
+    found = [(path, in_words(hint), _default(field)) for path, hint, field in fields_of(kind)]
+    return [dict(zip(("name", "kind", "default"), row, strict=True)) for row in found if row[1]]
+
+
 def fields_table(kind: Any) -> str:
-    """A line for each field of a dataclass and those nested in it: its name, kind and default."""
-    rows = [(path, in_words(hint), _default(field)) for path, hint, field in fields_of(kind)]
-    rows = [row for row in rows if row[1]]
+    """The same, a line for each."""
+    rows = [tuple(row.values()) for row in fields_list(kind)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(
         f"{path:{widths[0]}}  {words:{widths[1]}}  {default}".rstrip()

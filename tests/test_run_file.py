@@ -84,7 +84,7 @@ def test_an_override_makes_its_table(tmp_path):
         ("name = 'n'", ("x[0]=1", "tags=[a]"), ["x[0]=1: expected a", "tags=[a]: expected TOML"]),
         ("name = 3", (), ["cart.toml: name: expected text in quotes, got 3"]),
         ("name = 'n'\nwheels = 3", (), ["wheels: expected a list, got 3"]),
-        ("name = 'n'\nspare = 3", (), ["spare: expected a table, got 3"]),
+        ("name = 'n'\nspare = 3", (), ["spare: expected a table or none, got 3"]),
         ("name = 'n'\n[spare]\nsize = 2.5", (), ["spare.size: expected a whole number, got 2.5"]),
         ("name = 'n'\n[spare]\nsize = true", (), ["spare.size: expected a whole number, got true"]),
         ("name = 'n'\n[[wheels]]\nsize = 2\nload = false", (),

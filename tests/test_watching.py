@@ -2,10 +2,12 @@
 """The hooks of a fine-tuning run, made before its weights are loaded, and questions left off."""
 
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any
 
+import jaxtyping
 import pytest
 
 from gptoss_jax.finetuning import answers
@@ -26,41 +28,41 @@ RUN = FinetuneRun(
 )
 
 
+@pytest.fixture
+def run_with(monkeypatch):
+    """The same run with other fields, as Python may give them: types do not bind there."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    return functools.partial(dataclasses.replace, RUN)
+
+
 class Mine(Hook):
     def __init__(self, *, size: int = 1):
         self.size = size
 
 
-def test_hooks_that_are_made_and_hooks_that_are_named():
+def test_hooks_that_are_made_and_hooks_that_are_named(run_with):
     """In their order; those that are made are taken as they are."""
     given = Mine(size=2)
     named = HookOptions(target=f"{__name__}:Mine", options={"size": 3})
 
-    # The type of `hooks` does not bind: a run in Python may hold hooks.
-    run = dataclasses.replace(RUN)
-    entries: Any = (named, given, named)
-    object.__setattr__(run, "hooks", entries)
-    found = made_hooks(run)
+    found = made_hooks(run_with(hooks=(named, given, named)))
 
     assert [hook.size for hook in found] == [3, 2, 3]  # pyright: ignore[reportAttributeAccessIssue]
     assert found[1] is given and found[0] is not found[2]
 
 
-def test_mistakes_in_what_is_watched():
+def test_mistakes_in_what_is_watched(run_with):
     """All at once, each by the name of its field."""
     options: dict[str, Any] = {"evaluate_every": 0, "patience": -1, "samples_every": 0}
     options |= {"router_every": 0, "log_every": 0, "wandb": "", "trackio": "", "trace": (3, 2)}
-    run = dataclasses.replace(RUN, watch=WatchOptions(**options))
-    entries: Any = (Mine,)
-    object.__setattr__(run, "hooks", entries)
 
     with pytest.raises(ValueError) as caught:
-        made_hooks(run)
+        run_with(watch=options, hooks=Mine)
 
     said = str(caught.value)
     assert [name for name in options if f"watch.{name}: expected " not in said] == []
     assert "watch.evaluate_every: expected a whole number of at least 1, got 0" in said
-    assert "hooks: expected a Hook that is made, or HookOptions, got <class" in said
+    assert "hooks: expected a list or tuple, got <class" in said
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -74,7 +76,8 @@ def test_a_tracker_that_is_missing_is_found_first(name, monkeypatch):
 
 def test_the_order_of_hooks():
     """Those that measure, the user's, those that decide, those that write; trackers have all."""
-    options: dict[str, Any] = {"gradients": True, "patience": 1, "wandb": "p", "trackio": "p"}
+    options: dict[str, Any] = {"gradients": True, "patience": 1, "evaluate_every": 1}
+    options |= {"wandb": "p", "trackio": "p"}
     watch = WatchOptions(samples=("1+1",), trace=(1, 2), **options)
     run, batch, mine = dataclasses.replace(RUN, watch=watch), object.__new__(Batch), Mine()
 

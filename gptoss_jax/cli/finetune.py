@@ -13,7 +13,7 @@ import tyro
 
 from gptoss_jax.cli.errors import renamed
 from gptoss_jax.cli.options import Output
-from gptoss_jax.cli.output import print_json, remark
+from gptoss_jax.cli.output import others_on_stderr, print_json, remark
 from gptoss_jax.cli.processes import Processes
 from gptoss_jax.cli.values import Group
 
@@ -34,6 +34,7 @@ FIELDS = {
     "experts": "model.experts",
     "trace": "watch.trace",
     "mesh": "[mesh]",
+    **{name: f"lora.{name}" for name in ("targets", "ranks", "alphas")},
 }
 
 Overrides = Annotated[
@@ -93,9 +94,12 @@ class Finetune:
     def run(self) -> int:
         if self.fields:
             from gptoss_jax.finetuning.options import FinetuneRun
-            from gptoss_jax.run_file import fields_table
+            from gptoss_jax.run_file import fields_list, fields_table
 
-            print(fields_table(FinetuneRun))
+            if self.output.json:
+                print_json({"fields": fields_list(FinetuneRun)})
+            else:
+                print(fields_table(FinetuneRun))
             return 0
         self.processes.begin(self.check)
         from gptoss_jax.finetuning.run import export_step, finetune
@@ -114,15 +118,14 @@ class Finetune:
         done = self.in_fields(lambda: finetune(run, say=remark, accept_changes=self.accept_changes))
         outcome = done.outcome
         if self.output.json:
-            print_json(
-                {
-                    "steps": outcome.step,
-                    "ended": outcome.reason,
-                    "result": done.result and str(done.result),
-                    "result_step": done.result and done.step,
-                    **outcome.metrics,
-                }
-            )
+            summary = {
+                "steps": outcome.step,
+                "ended": outcome.reason,
+                "result": done.result and str(done.result),
+                "result_step": done.result and done.step,
+                "metrics": outcome.metrics,
+            }
+            print_json(summary | {k: v for k, v in outcome.metrics.items() if k not in summary})
         elif done.result:
             print(done.result)
         if outcome.interrupted:
@@ -131,18 +134,21 @@ class Finetune:
 
     def read(self) -> "FinetuneRun":
         """The run that a file describes, or that a folder was begun as."""
-        from gptoss_jax.finetuning.options import FinetuneRun
+        from gptoss_jax.finetuning.options import FinetuneRun, check_can_go_on
         from gptoss_jax.run_file import read_run
 
         if not os.path.isdir(self.config):
             return read_run(FinetuneRun, self.config, self.overrides)
         run = read_run(FinetuneRun, os.path.join(self.config, RUN), self.overrides)
+        if self.export_step is None:
+            check_can_go_on(run)
         return dataclasses.replace(run, output=self.config)  # wherever it was moved to
 
     def in_fields(self, action: Callable[[], T]) -> T:
         """Do it; what is wrong with the weights is said of the file's fields, not of options."""
         try:
-            return action()
+            with others_on_stderr(self.output.json):
+                return action()
         except ValueError as error:
             text = renamed(str(error), FIELDS)
             if text == str(error):
@@ -167,6 +173,13 @@ class Finetune:
             )
         if self.export_step is not None and self.export_step < 1:
             problems.append(f"--export-step: expected a step from 1 on, got {self.export_step}")
+        if os.path.isdir(self.config):
+            problems += [
+                f"{word}: expected no output behind the folder of a run, which goes on in it; copy "
+                "the folder and name the copy, or name the file that the run was begun from"
+                for word in self.overrides
+                if word.partition("=")[0].strip() == "output"
+            ]
         problems += [
             f"{word}: expected FIELD=VALUE without spaces, as optimisation.steps=20; quote it if "
             "the shell would take it apart"

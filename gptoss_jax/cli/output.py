@@ -71,6 +71,11 @@ def be_silent() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def others_on_stderr(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """Within, what a user's own functions print is no part of an output that programs read."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
 def keep_stdout() -> None:
     """Libraries that connect processes write about it to stdout (gloo, NCCL); let it be stderr."""
     sys.stdout.flush()

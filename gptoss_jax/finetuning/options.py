@@ -5,16 +5,19 @@ Most tables are the options of the room that uses them. configs/finetune/ has ru
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from flax import nnx
 
-from gptoss_jax.field_kinds import settle
-from gptoss_jax.mesh_file import WrittenMesh, written_mesh
+from gptoss_jax.field_kinds import from_python, settle
+from gptoss_jax.mesh_file import WrittenMesh, mesh_problems, written_mesh
+from gptoss_jax.run_file import read_run
 from gptoss_jax.training.data import DataOptions
 from gptoss_jax.training.hooks import Hook
 from gptoss_jax.training.lora import LoraOptions
+from gptoss_jax.training.made_rows import MadeRows
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.step import StepOptions
 from gptoss_jax.training.store import CheckpointOptions
@@ -38,7 +41,7 @@ class WatchOptions:
     """What is looked at and written down beside training; metrics.jsonl always is."""
 
     evaluate_every: int | None = None  # steps; None: at the end alone
-    patience: int | None = None  # evaluations without a better loss before the run stops
+    patience: int | None = None  # evaluations without a smaller loss before the run stops
     samples: tuple[str, ...] = ()  # prompts that are answered
     samples_every: int = 100
     gradients: bool = False  # norms of the gradients of each layer
@@ -84,6 +87,7 @@ class HookOptions:
         settle(self)
 
 
+FROM_PYTHON = "from Python: "  # how run.json has what only Python can give
 # What others call fields -> which are meant.
 OTHER_NAMES = {
     "lr": "optimisation.learning_rate",
@@ -144,7 +148,9 @@ class FinetuneRun:
 
     def __post_init__(self):
         settle(self)
-        problems = [*self._of_the_model(), *self._without_effect()]
+        problems = [*self._of_the_model(), *self._without_effect(), *self._of_the_mesh()]
+        if not -(2**63) <= self.seed < 2**63:
+            problems.append(f"seed: expected a whole number of 64 bits, got {self.seed}")
         if not self.output:
             problems.append("output: expected a folder, got an empty name; name one")
         if self.data.share_beginning:
@@ -195,11 +201,27 @@ class FinetuneRun:
             ):
                 if value:
                     yield f"{name}: expected held-out data in data.eval to go by, got none"
+        if self.checkpoints.best == "max" and not self.hooks:
+            yield (
+                "checkpoints.best: expected 'min', as held_out_loss is better when it is smaller, "
+                "got 'max'; leave it out, or add a hook that sets run.metric"
+            )
+        if self.seed and self.lora is None:
+            yield (
+                "seed: expected it to be left out, as there are no new adapters for it, got "
+                f"{self.seed}; the order of rows has data.seed"
+            )
         last = self.optimisation.steps
         if watch.trace is not None and last is not None and watch.trace[0] > last:
             yield f"watch.trace: expected a first step up to the last, {last}, got {watch.trace[0]}"
         if watch.samples_every != WatchOptions.samples_every and not watch.samples:
             yield "watch.samples_every: expected prompts in watch.samples, got none"
+
+    def _of_the_mesh(self) -> Iterator[str]:
+        rules = {name: list(axes) for name, axes in self.rules.items()}
+        yield from mesh_problems({"mesh": dict(self.mesh), "rules": rules})
+        if self.rules and not self.mesh:
+            yield "rules: expected the sizes of axes in mesh beside them, got none; add [mesh]"
 
     def _not_shared(self) -> list[str]:
         """What there is for packed rows alone."""
@@ -262,6 +284,47 @@ def _plain(value: Any) -> Any:
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, MadeRows) and ":" not in value:
+        return f"{FROM_PYTHON}{value}"
     if value is None or isinstance(value, str | int | float):
         return value
-    return f"{type(value).__module__}:{type(value).__qualname__}"  # a hook that is made already
+    return f"{FROM_PYTHON}{type(value).__module__}:{type(value).__qualname__}"  # a hook
+
+
+def check_can_go_on(run: FinetuneRun) -> None:
+    """Raise ValueError if a run that a folder describes had rows or hooks that were made in Python,
+    which no file keeps."""
+    rows = {"data.train": run.data.train, "data.eval": run.data.eval}
+    problems = [
+        f"{name}: expected rows that a file names, got {_in_python(row)} from Python; go on with "
+        f"gptoss_jax.finetune and the same rows, or name a file of them: {name}=rows.jsonl"
+        for name, rows in rows.items()
+        for row in rows
+        if _in_python(row)
+    ]
+    problems += [
+        f"hooks: expected a hook that a file names, got {_in_python(hook.target)} from Python; go "
+        "on with gptoss_jax.finetune and the same hooks, or say others: 'hooks=[\"module:Class\"]'"
+        for hook in run.hooks
+        if isinstance(hook, HookOptions) and _in_python(hook.target)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _in_python(text: str) -> str:
+    """What was made there, by how run.json has it; "" for everything else."""
+    return text.removeprefix(FROM_PYTHON) if text.startswith(FROM_PYTHON) else ""
+
+
+def run_of(run: Any) -> FinetuneRun:
+    """A run, also of a mapping of its fields, or of the path of the file that describes it."""
+    if isinstance(run, FinetuneRun):
+        return run
+    if isinstance(run, Mapping):
+        return from_python(FinetuneRun, run, "run")
+    if isinstance(run, str | os.PathLike):
+        return read_run(FinetuneRun, os.fspath(run))
+    raise ValueError(
+        f"run: expected a FinetuneRun, a mapping of its fields or the path of a file, got {run!r}"
+    )

@@ -15,6 +15,8 @@ from gptoss_jax.training import hooks, observers, reporters
 from gptoss_jax.training.hooks import Hook, hooks_from
 from gptoss_jax.training.step import AnyBatch
 
+ANSWER = 512  # tokens
+
 
 def made_hooks(run: FinetuneRun) -> list[Hook]:
     """The user's hooks, made before anything that takes time.
@@ -22,12 +24,14 @@ def made_hooks(run: FinetuneRun) -> list[Hook]:
     Raises ValueError with everything wrong with them, and ImportError where a tracker's package is
     missing.
     """
-    if is_first():
-        for reporter in _reporters(run):
-            reporter.check(user_folder("output", run.output))
     wanted = [entry for entry in run.hooks if not isinstance(entry, Hook)]
     new = iter(hooks_from((hook.target, hook.options) for hook in wanted))
-    return [entry if isinstance(entry, Hook) else next(new) for entry in run.hooks]
+    made = [entry if isinstance(entry, Hook) else next(new) for entry in run.hooks]
+    if is_first():
+        for hook in (*made, *_reporters(run)):
+            if isinstance(hook, reporters.Reporter):
+                hook.check(user_folder("output", run.output))
+    return made
 
 
 def hooks_of(
@@ -67,10 +71,14 @@ def _first(held_out: Iterable[AnyBatch]) -> AnyBatch:
 def _answers(
     model: Transformer, prompts: Sequence[str], *, tokenizer: Tokenizer, run: FinetuneRun
 ) -> list[str]:
-    """The final answers, greedily, under the system message of the data."""
+    """The final answers, greedily, under the system message of the data.
+
+    An answer has half of a small context, and a prompt the rest.
+    """
     settings = {"reasoning_effort": run.data.effort, "date": run.data.date}
+    most = min(ANSWER, model.config.max_context // 2)
     replies = [
-        chat(model, prompt, tokenizer=tokenizer, temperature=0.0, max_new_tokens=512, **settings)
+        chat(model, prompt, tokenizer=tokenizer, temperature=0.0, max_new_tokens=most, **settings)
         for prompt in prompts
     ]
     return [reply.final for reply in replies]

@@ -5,6 +5,7 @@ Operations are those of the mathematics, with real routing: the experts a token 
 of tokens that attend to each other, and nothing that is computed twice to save memory.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -117,6 +118,47 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, int | float]:
             f"metrics: expected {'; '.join(problems)}; give single numbers, as float(x.mean())"
         )
     return found
+
+
+def plain_state(name: str, state: Any) -> dict[str, Any]:
+    """What a hook of this name keeps, as JSON has it: numbers of jax and NumPy are Python's, tuples
+    are lists.
+
+    Raises ValueError with all of its keys whose values no JSON can be.
+    """
+    problems: list[str] = []
+    if not isinstance(state, Mapping):
+        problems.append(f"a dict, got {state!r}")
+    found = _plain_part(state, "", problems)
+    if problems:
+        raise ValueError(
+            f"{name}.get_state: expected {'; '.join(problems)}; give text, finite numbers, lists "
+            "and dicts, as set_state is given them back from JSON"
+        )
+    return found
+
+
+def _plain_part(part: Any, where: str, problems: list[str]) -> Any:
+    if isinstance(part, Mapping):
+        for key in part:
+            if not isinstance(key, str):
+                problems.append(f"keys of text{where and f' in {where}'}, got {key!r}")
+        return {
+            key: _plain_part(inner, f"{where}.{key}" if where else str(key), problems)
+            for key, inner in part.items()
+        }
+    if isinstance(part, list | tuple):
+        return [_plain_part(inner, f"{where}.{n}", problems) for n, inner in enumerate(part)]
+    if part is None or isinstance(part, str | bool):
+        return part
+    try:
+        number = as_number(part)
+    except (TypeError, ValueError, RuntimeError) as error:
+        problems.append(f"JSON for {where!r}, got {error}")
+        return None
+    if not math.isfinite(number):
+        problems.append(f"a finite number for {where!r}, got {number}")
+    return number
 
 
 def step_metrics(stepper: Step, numbers: Numbers, seconds: float) -> dict[str, int | float]:

@@ -23,7 +23,8 @@ class Samples(Hook):
     """What the model says to a few prompts, every so many steps and at the end.
 
     `generate` makes a text for each prompt of a model; texts go to `samples.jsonl`, too. Where a
-    signal comes first they are left to the resumed run, which has them of the same step.
+    signal comes first they are left to the resumed run, which has them of the same step. A prompt
+    for which it raises an error is said once and left out from then on.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Samples(Hook):
     ):
         self.prompts, self.generate = prompts, generate
         self.every, self.owed, self.writes = every_steps("every", every), False, True
+        self.dropped: set[str] = set()  # prompts without an answer
 
     def on_start(self, run: Run) -> None:
         if run.folder is not None and is_first():
@@ -47,18 +49,29 @@ class Samples(Hook):
             self._answer(run)
 
     def _answer(self, run: Run) -> None:
-        self.owed, texts = True, []
+        self.owed, texts = True, {}
         for prompt in self.prompts:
             if run.interrupted or run.stopping():
                 return
-            texts += self.generate(run.model, [prompt])
+            if prompt not in self.dropped and (found := self._texts(run, prompt)):
+                texts[prompt] = found[0]
         self.owed = False
         lines = []
-        for prompt, text in zip(self.prompts, texts, strict=True):
+        for prompt, text in texts.items():
             run.say(f"step {run.step}  {prompt!r} -> {text!r}")
             lines.append(json.dumps({"step": run.step, "prompt": prompt, "text": text}))
-        if run.folder is not None and is_first() and self.writes:
+        if lines and run.folder is not None and is_first() and self.writes:
             self._write(run, run.folder / "samples.jsonl", lines)
+
+    def _texts(self, run: Run, prompt: str) -> Sequence[str]:
+        """What the model says; none, once that has failed, as no sample is worth a run."""
+        try:
+            return self.generate(run.model, [prompt])
+        except Exception as error:
+            self.dropped.add(prompt)
+            said = str(error) if isinstance(error, ValueError) else repr(error)
+            run.say(f"samples: {prompt!r}: {said}; the run goes on without it")
+            return []
 
     def _write(self, run: Run, path: Path, lines: Sequence[str]) -> None:
         try:

@@ -306,7 +306,7 @@ class ProgressBar(Reporter):
 
     def open(self, run: Run) -> None:
         self.steps = run.steps
-        waits = run.step < run.steps
+        waits = run.step < run.steps and run.reason is None
         if self.console.is_terminal:
             text = TextColumn("step {task.completed} of {task.total}")
             columns = text, BarColumn(), TextColumn("{task.fields[text]}")
