@@ -330,14 +330,17 @@ class Fitting:
         table, _, key = path.rpartition(".")
         if meant := getattr(self.root, "other_names", {}).get(key):
             return f"did you mean {meant}?"
-        near = difflib.get_close_matches(key, known, n=1)
         last: dict[str, list[str]] = {}
         for name, _, _ in fields_of(self.root):
             last.setdefault(name.rpartition(".")[2], []).append(name)
-        if not near and key in last and not isinstance(value, dict):
-            near = sorted(last[key], key=lambda name: _apart(name, table))[:3]
-        elif not near and (others := difflib.get_close_matches(key, last, n=1)):
-            near = sorted(last[others[0]], key=lambda name: _apart(name, table))[:3]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if not near:
+            is_there = key in last and not isinstance(value, Mapping)
+            beside = difflib.get_close_matches(key, known, n=1)
+            others = [key] if is_there else difflib.get_close_matches(key, last, n=1)
+            elsewhere = [name for other in others for name in last[other]]
+            elsewhere.sort(key=lambda name: _apart(name, table))
+            near = beside if beside and not is_there else elsewhere[:3]
         if near:
             return f"did you mean {' or '.join(near)}?"
         return f"expected one of {', '.join(known)}"

@@ -142,7 +142,8 @@ def _value(override: str, text: str, kind: Any) -> Any:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
     except RecursionError:
-        raise ValueError(f"{override}: expected TOML, got too many brackets in brackets") from None
+        short = f"{override[:80]}..."
+        raise ValueError(f"{short}: expected TOML, got too many brackets in brackets") from None
     except ValueError as error:
         if text.lstrip()[:1] in ("[", "{", '"', "'"):
             raise ValueError(

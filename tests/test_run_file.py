@@ -2,10 +2,14 @@
 """Strict reading of TOML files into dataclasses."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
 import pytest
 
 from gptoss_jax.field_kinds import in_words, settle
@@ -218,6 +222,126 @@ def test_what_python_gives():
         ValueError, match=r"first.nam: unknown key \(did you mean name\?\); first.name: m"
     ):
         Yard(**wrong)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gauge:
+    other_names = {"bore": "size"}
+
+    size: int = 1
+    load: float = 1.0
+    shown: bool = False
+    mode: Literal["a", "b"] | None = None
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    span: tuple[int, int] | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        settle(self)
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "right"),
+    [
+        (np.int64(3), "size", 3),
+        (jnp.int32(3), "size", 3),
+        (3.0, "size", 3),
+        (2, "load", 2.0),
+        (np.float32(0.5), "load", 0.5),
+        (np.bool_(True), "shown", True),
+        ({"x": np.int32(2)}, "sizes", {"x": 2}),
+        ([1, np.int64(2)], "span", (1, 2)),
+        (iter("ab"), "tags", ("a", "b")),
+        ("ab", "tags", ("ab",)),
+    ],
+)
+def test_numbers_and_lists_of_python(given, field, right, monkeypatch):
+    """Whatever library made them; the kinds are exactly those of a file."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+    found = getattr(Gauge(**{field: given}), field)
+
+    assert found == right and type(found) is type(right)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "said"),
+    [
+        ("size", "3", "size: expected a whole number, got '3'"),
+        ("size", True, "size: expected a whole number, got True"),
+        ("size", 2.5, "size: expected a whole number, got 2.5"),
+        ("size", np.float64(2.5), "size: expected a whole number, got 2.5"),
+        ("size", math.inf, "size: expected a whole number, got inf"),
+        ("size", None, "size: expected a whole number, got None"),
+        ("load", "1e-3", "load: expected a number, got '1e-3'"),
+        ("load", math.nan, "load: expected a finite number, got nan"),
+        ("load", -math.inf, "load: expected a finite number, got -inf"),
+        ("load", 10**400, f"load: expected a number, got {str(10**400)[:200]}..."),
+        ("shown", "no", "shown: expected True or False, got 'no'"),
+        ("shown", 1, "shown: expected True or False, got 1"),
+        ("mode", "c", "mode: expected 'a', 'b' or None, got 'c'"),
+        ("sizes", 2, "sizes: expected a mapping, got 2"),
+        ("sizes", {"x": "2"}, "sizes.x: expected a whole number, got '2'"),
+        ("sizes", {1: 2}, "sizes: expected names of text, got 1"),
+        ("span", 5, "span: expected a list or tuple or None, got 5"),
+        ("span", [1], "span: expected more values, got [1]"),
+        ("span", (1, "2"), "span.1: expected a whole number, got '2'"),
+        ("tags", [5], "tags.0: expected text, got 5"),
+        ("tags", None, "tags: expected a list or tuple, got None"),
+    ],
+)
+def test_what_python_cannot_give(field, given, said):
+    with pytest.raises(ValueError) as caught:
+        Gauge(**{field: given})
+
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("load=.5", Gauge(load=0.5)),
+        ("size=007", Gauge(size=7)),
+        ("shown=True", Gauge(shown=True)),
+        ("shown=off", Gauge(shown=False)),
+    ],
+)
+def test_words_of_the_command_line(tmp_path, override, expected):
+    """There everything is text, which a file or Python would not have for a number."""
+    path = tmp_path / "gauge.toml"
+    path.write_text("")
+
+    assert read_run(Gauge, path, [override]) == expected
+    path.write_text("load = '.5'")
+    with pytest.raises(ValueError, match=r"load: expected a number, got '\.5'"):
+        read_run(Gauge, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("bore", "did you mean size?"),
+        ("tag", "did you mean tags?"),
+        ("lod", "did you mean load?"),
+        ("zzz", "expected one of size, load, shown, mode, sizes, span, tags"),
+    ],
+)
+def test_the_field_that_is_meant(key, hint):
+    with pytest.raises(ValueError) as caught:
+        from_fields(Gauge, {key: 1}, where="gauge")
+
+    assert str(caught.value) == f"gauge: {key}: unknown key ({hint})"
+
+
+def test_brackets_without_end(tmp_path):
+    path = tmp_path / "gauge.toml"
+    path.write_text(f"size = {'[' * 5000}")
+
+    with pytest.raises(ValueError, match=r"gauge\.toml: expected TOML"):
+        read_run(Gauge, path)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"tags=\[.*: expected TOML"):
+        read_run(Gauge, path, [f"tags={'[' * 5000}"])
 
 
 def test_a_table_that_may_be_an_object(tmp_path):

@@ -19,6 +19,7 @@ from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.data import DataOptions
 from gptoss_jax.training.hooks import Hook, Run
 from gptoss_jax.training.optimisers import Optimisation
+from gptoss_jax.training.reporters import Reporter
 from gptoss_jax.training.step import Step, TrainState
 
 RUN = FinetuneRun(
@@ -63,6 +64,36 @@ def test_mistakes_in_what_is_watched(run_with):
     assert [name for name in options if f"watch.{name}: expected " not in said] == []
     assert "watch.evaluate_every: expected a whole number of at least 1, got 0" in said
     assert "hooks: expected a list or tuple, got <class" in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda hook: hook,
+        lambda hook: [hook],
+        lambda hook: (each for each in [hook]),
+        lambda hook: f"{__name__}:Mine",
+        lambda hook: [f"{__name__}:Mine"],
+        lambda hook: {"target": f"{__name__}:Mine"},
+        lambda hook: HookOptions(target=f"{__name__}:Mine"),
+    ],
+)
+def test_one_hook_in_every_form(given, run_with):
+    run = run_with(hooks=given(Mine()))
+
+    for _ in range(2):  # an iterator is not used up
+        assert [(type(hook), hook.size) for hook in made_hooks(run)] == [(Mine, 1)]
+
+
+def test_reporters_of_the_user_are_asked_first(run_with):
+    """Before weights are loaded, as those of the run are."""
+
+    class Board(Reporter):
+        def check(self, folder):
+            raise ValueError(f"board: expected a key, got none for {folder}")
+
+    with pytest.raises(ValueError, match="board: expected a key, got none for run"):
+        made_hooks(run_with(hooks=[Board()]))
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

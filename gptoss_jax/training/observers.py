@@ -49,15 +49,15 @@ class Samples(Hook):
             self._answer(run)
 
     def _answer(self, run: Run) -> None:
-        self.owed, texts = True, {}
+        self.owed, texts = True, []
         for prompt in self.prompts:
             if run.interrupted or run.stopping():
                 return
             if prompt not in self.dropped and (found := self._texts(run, prompt)):
-                texts[prompt] = found[0]
+                texts.append((prompt, found[0]))
         self.owed = False
         lines = []
-        for prompt, text in texts.items():
+        for prompt, text in texts:
             run.say(f"step {run.step}  {prompt!r} -> {text!r}")
             lines.append(json.dumps({"step": run.step, "prompt": prompt, "text": text}))
         if lines and run.folder is not None and is_first() and self.writes:
@@ -70,7 +70,8 @@ class Samples(Hook):
         except Exception as error:
             self.dropped.add(prompt)
             said = str(error) if isinstance(error, ValueError) else repr(error)
-            run.say(f"samples: {prompt!r}: {said}; the run goes on without it")
+            short = prompt if len(prompt) <= 80 else f"{prompt[:80]}..."
+            run.say(f"samples: {short!r}: {said}; the run goes on without it")
             return []
 
     def _write(self, run: Run, path: Path, lines: Sequence[str]) -> None:

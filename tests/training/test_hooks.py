@@ -300,6 +300,26 @@ def test_samples_that_a_signal_comes_between(model, run, tmp_path):
     assert not resumed.owed
 
 
+def test_a_sample_that_fails_is_left_out(run):
+    """It is said once, and the others are written down."""
+
+    def generate(model, prompts):
+        if prompts == ["long"]:
+            raise ValueError("messages: expected a shorter prompt")
+        return ["2"]
+
+    hook = Samples(["1+1", "long", "1+1"], generate, every=1)
+    hook.on_start(run)
+
+    steps(run, hook, 1, 2)
+
+    failed = "samples: 'long': messages: expected a shorter prompt; the run goes on without it"
+    right = [f"step {step}  '1+1' -> '2'" for step in (1, 1, 2, 2)]
+    assert run.said == [failed, *right]
+    lines = [json.loads(x) for x in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(s, "1+1") for s in (1, 1, 2, 2)]
+
+
 def test_samples_without_their_file(model, run, tmp_path):
     """A folder is in the file's place, so that nothing can be written: said once."""
     run.stepper.model = lambda state: model

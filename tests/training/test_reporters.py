@@ -15,7 +15,7 @@ from processes import run_processes, scripts, shown
 from rich.console import Console
 
 from gptoss_jax.training.hooks import Run
-from gptoss_jax.training.metrics import as_number, plain_metrics
+from gptoss_jax.training.metrics import as_number, plain_metrics, plain_state
 from gptoss_jax.training.reporters import (
     MetricsFile,
     ProgressBar,
@@ -481,3 +481,30 @@ def test_two_processes(tmp_path):
     assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     (*_, saved) = sorted((tmp_path / "checkpoints").glob("step-*/facts.json"))
     assert json.loads(saved.read_text())["facts"]["hooks"]["WandB"] == {"id": first[1]}
+
+
+def test_what_a_hook_keeps_is_json():
+    given = {"a": jnp.float32(1.5), "b": {"c": (1, np.int64(2))}, "d": None, "e": [True, "x"]}
+
+    found = plain_state("Mine", given)
+
+    assert found == {"a": 1.5, "b": {"c": [1, 2]}, "d": None, "e": [True, "x"]}
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (None, "Mine.get_state: expected a dict, got None; give"),
+        ({1: 2}, "Mine.get_state: expected keys of text, got 1; give"),
+        ({"a": {"b": float("nan")}}, "expected a finite number for 'a.b', got nan; give"),
+        ({"a": [float("inf")]}, "expected a finite number for 'a.0', got inf; give"),
+        ({"a": jnp.ones(3)}, "expected JSON for 'a', got a ArrayImpl of shape (3,); give"),
+        ({"a": object(), "b": {2: 3}}, "JSON for 'a', got a object; keys of text in b, got 2; g"),
+    ],
+)
+def test_what_a_hook_cannot_keep(state, said):
+    with pytest.raises(ValueError) as caught:
+        plain_state("Mine", state)
+
+    assert said in str(caught.value)
