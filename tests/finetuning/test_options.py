@@ -73,7 +73,7 @@ def test_a_table_and_its_options_are_the_same():
         (FinetuneRun, FIELDS | {"mesh": {"data": 0}}, "mesh.data: expected a whole number of d"),
         (FinetuneRun, FIELDS | {"mesh": {"foo": 2}}, "mesh.foo: unknown key (expected one of data"),
         (FinetuneRun, FIELDS | {"lora": {"rank": True}}, "lora.rank: expected a whole number, got"),
-        (FinetuneRun, FIELDS | {"lora": True}, "lora: expected LoraOptions, a mapping of its field"),
+        (FinetuneRun, FIELDS | {"lora": True}, "lora: expected LoraOptions, a mapping of its"),
         (FinetuneRun, FIELDS | {"lora": {"target": 1}}, "lora.target: unknown key (did you mean t"),
     ],
 )  # fmt: skip

@@ -3,11 +3,11 @@
 model whose weights have b a added to them as whole matrices."""
 
 import dataclasses
-import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -185,8 +185,8 @@ def test_patterns_that_match_nothing_are_named_together():
 
 
 def test_options_out_of_range_are_named_together():
-    with pytest.raises(ValueError, match=r"rank: .* got 0; ranks\['a'\]: .* got -2; alpha: .*nan"):
-        LoraOptions(rank=0, ranks={"a": -2}, alpha=float("nan"))
+    with pytest.raises(ValueError, match=r"rank: .* got 0; ranks\['a'\]: .* got -2; alpha: .*-3"):
+        LoraOptions(rank=0, ranks={"a": -2}, alpha=-3.0)
     with pytest.raises(
         ValueError, match=r"alphas\['a'\]: .* greater than 0, got -1.0; targets: .*"
     ):
@@ -391,13 +391,9 @@ def test_experts_that_fsdp_cannot_divide():
     check_gradients(found_gradients, gradients, within=2e-5)
 
 
-@pytest.mark.parametrize("targets", ["attn.q", ""])
-def test_targets_are_no_text(targets):
-    """It would be gone through letter by letter."""
-    given: Any = targets
-    with pytest.raises(ValueError) as caught:
-        LoraOptions.__post_init__(types.SimpleNamespace(**vars(LoraOptions()) | {"targets": given}))
+def test_one_target(monkeypatch):
+    """It is not gone through letter by letter."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given: Any = "attn.q"
 
-    assert str(caught.value) == (
-        f"targets: expected a tuple of patterns, got {targets!r}; write ({targets!r},)"
-    )
+    assert LoraOptions(targets=given) == LoraOptions(targets=("attn.q",))
