@@ -38,14 +38,15 @@ def free(monkeypatch):
 
 def test_a_table_and_its_options_are_the_same():
     """One text for several, paths, NumPy's numbers: however it was made."""
-    for table, kind, given, right in (
+    cases: tuple[tuple[str, Any, Any, Any], ...] = (
         ("watch", WatchOptions, {"samples": "Hi"}, WatchOptions(samples=("Hi",))),
         ("model", BaseOptions, {"checkpoint": Path("a/b")}, BaseOptions(checkpoint="a/b")),
         ("lora", LoraOptions, {"rank": np.int64(4), "targets": ["q"]},
          LoraOptions(rank=4, targets=("q",))),
         ("step", StepOptions, {"micro_batches": 2.0}, StepOptions(micro_batches=2)),
         ("checkpoints", CheckpointOptions, {"every": np.int32(7)}, CheckpointOptions(every=7)),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for table, kind, given, right in cases:
         runs = [FinetuneRun(**FIELDS | {table: one}) for one in (given, kind(**given))]
 
         assert [getattr(run, table) for run in runs] == [right, right]
@@ -194,7 +195,7 @@ def test_patterns_are_said_by_their_field(config, capfd):
 
 
 def test_fields_as_json(capfd):
-    assert finetune("--fields") == 0
+    assert finetune(Path("--fields")) == 0
 
     fields = {field["name"]: field for field in json.loads(capfd.readouterr().out)["fields"]}
     assert fields["lora.rank"] == {"name": "lora.rank", "kind": "whole number", "default": "8"}

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -233,7 +234,8 @@ def test_all_mistakes_at_once():
     )
 
 
-def test_all_wrong_kinds_at_once():
+def test_all_wrong_kinds_at_once(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     wrong: dict[str, Any] = {"steps": "5", "learning_rate": True, "optimiser": "adam"}
 
     with pytest.raises(ValueError) as caught:
