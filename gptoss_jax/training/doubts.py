@@ -13,6 +13,7 @@ from typing import NoReturn
 from gptoss_jax.harmony.messages import FUNCTIONS
 from gptoss_jax.harmony.tokenizer import HARMONY_SPECIALS
 from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.formats import spells_messages
 from gptoss_jax.training.profiles import Fault
 
 _SPECIALS = re.compile("|".join(map(re.escape, HARMONY_SPECIALS)))
@@ -35,6 +36,9 @@ def doubts(
     messages = conversation.messages
     if any(["<|" in content for content in contents]):
         yield from _specials(contents)
+    if any([content[:1] == "[" and spells_messages(content) for content in contents]):
+        text = "has JSON of messages as a text, which is learnt or shown as it stands; is it meant?"
+        yield _warning("messages_as_text", text)
     if any([">" in content and _THINKS.search(content) for content in contents]):
         yield from _think_tags(conversation)
     if not messages or not any(conversation.weights):
@@ -44,6 +48,10 @@ def doubts(
     if messages[-1].role != "assistant":
         text = f"ends with {_ENDS[messages[-1].role]}, after which nothing is learnt"
         yield _warning("ends_unanswered", f"{text}; add the answer, or omit it")
+    elif messages[-1].is_reasoning or messages[-1].is_preamble:
+        said = "reasoning" if messages[-1].is_reasoning else "a preamble"
+        text = f"ends in {said}, and no answer or call follows, after which the model is to stop"
+        yield _warning("ends_without_answer", f"{text}; add one, or omit the row")
     channels = [message.channel for message in messages]
     if ("final", "final") in itertools.pairwise(channels):
         text = "has an answer right after an answer, where the model has stopped; join the two"

@@ -319,6 +319,14 @@ def _from_text(value: Any) -> Any:
         return value
 
 
+def spells_messages(text: str) -> bool:
+    """Whether a text is JSON of messages, each with a role, and so hardly what anybody says."""
+    messages = _from_text(text) if '"role"' in text else None
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(isinstance(message, dict) and "role" in message for message in messages)
+
+
 def _multilingual(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
     """The flat columns of Multilingual-Thinking, joined as its `messages` are."""
     user, final = (_text(fields, column, problems) for column in ("user", "final"))
@@ -356,10 +364,11 @@ def _alpaca(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
 
 
 def _prompt_completion(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
-    """Texts or lists of messages; nothing in the prompt is learnt."""
+    """Texts or lists of messages, which may be JSON text; nothing in the prompt is learnt."""
     located = _system_of(fields, problems)
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(fields[column], list):
+        value = fields[column]
+        if isinstance(value, list) or (isinstance(value, str) and spells_messages(value)):
             part = _list_of_messages(fields, column, problems)
         else:
             part = [(column, {"role": role, "content": _text(fields, column, problems)})]

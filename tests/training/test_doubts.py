@@ -34,6 +34,23 @@ DOUBTS = {
     "reasoning of an earlier turn": (chat(ASK, THINKS, ASK, THINKS), ["dropped_reasoning"]),
     "the user last": (chat(ASK, TELL, ASK), ["ends_unanswered"]),
     "a result last": (chat(ASK, calling(), RESULT, tools=[TOOL]), ["ends_unanswered"]),
+    "reasoning last": (
+        chat(ASK, {"role": "assistant", "thinking": "Add."}),
+        ["ends_without_answer"],
+    ),
+    "a preamble last": (
+        chat(ASK, {"role": "assistant", "channel": "commentary", "content": "Let me see."}),
+        ["ends_without_answer"],
+    ),
+    "reasoning after a result": (
+        chat(ASK, calling(), RESULT, {"role": "assistant", "thinking": "So."}, tools=[TOOL]),
+        ["ends_without_answer"],
+    ),
+    "messages as a text": ({"text": json.dumps([ASK, TELL])}, ["messages_as_text"]),
+    "messages as an instruction": (
+        {"instruction": json.dumps([ASK]), "output": "4"},
+        ["messages_as_text"],
+    ),
     "an answer after an answer": (chat(ASK, TELL, TELL), ["answers_in_a_row"]),
     "think": (chat(ASK, says("assistant", "<think>x</think>4")), ["think_tag"]),
     "reasoning": (chat(ASK, says("assistant", "a <reasoning> b")), ["think_tag"]),
@@ -82,6 +99,8 @@ RIGHT = {
     "answers without reasoning": chat(ASK, TELL, ASK, TELL),
     "less than": chat(says("user", "<think> about 1 < 2"), says("assistant", "1 < 2 <br>")),
     "text": {"text": "a <think> b"},
+    "a call last": chat(ASK, calling(), tools=[TOOL]),
+    "a list as a text": {"text": '[{"name": "role"}, "role"]'},
 }
 
 

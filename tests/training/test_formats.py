@@ -229,6 +229,18 @@ GOOD = {
         {"prompt": [ASK, TELL, ASK], "completion": [TELL]},
         Conversation(SUM.messages * 2, (0.0, 0.0, 0.0, 1.0)),
     ),
+    "prompt-messages as text": (
+        {"prompt": json.dumps([ASK, TELL, ASK]), "completion": [TELL]},
+        Conversation(SUM.messages * 2, (0.0, 0.0, 0.0, 1.0)),
+    ),
+    "completion as text": (
+        {"prompt": "2+2?", "completion": " " + json.dumps([{**TELL, "thinking": "Add."}])},
+        Conversation((user("2+2?"), thought("Add."), answer("4")), (0.0, 1.0, 1.0)),
+    ),
+    "JSON without roles": (
+        {"prompt": '[{"a": "role"}]', "completion": '{"role": "x"}'},
+        Conversation((user('[{"a": "role"}]'), answer('{"role": "x"}')), (0.0, 1.0)),
+    ),
     "prompt-calls": (
         {"prompt": calling({"city": "Paris"})[:2], "completion": calling({})[2:], "tools": TOOLS},
         Conversation(CALLED, (0.0, 0.0, 0.0, 0.0, 1.0), WEATHER),
