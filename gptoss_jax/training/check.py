@@ -140,7 +140,7 @@ class _Run:
         self._files.append(facts)
         try:
             facts["bytes"] = size_of(path)
-        except ValueError as error:  # there is no such function
+        except ValueError as error:  # there is no such function, or it fails
             facts["errors"] += self.add(
                 path, None, [Fault("unreadable", "", _without(path, error))]
             )

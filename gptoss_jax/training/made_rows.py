@@ -7,10 +7,11 @@ stands where a file has its path, so that a run can be written down. `sources.py
 
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from gptoss_jax.training.json_values import written_or_error
@@ -26,17 +27,12 @@ def is_function(path: str) -> bool:
 class MadeRows(str):
     """The name of rows, and the rows: made once, and anew by what `anew` returns."""
 
-    make: Callable[[], Iterable[Any]]
+    source: Any  # rows, or a function that makes them
 
-    def __new__(cls, name: str, make: Callable[[], Iterable[Any]]):
+    def __new__(cls, name: str, source: Any):
         rows = super().__new__(cls, name)
-        rows.make = make
+        rows.source = source
         return rows
-
-    @classmethod
-    def of_function(cls, target: str) -> "MadeRows":
-        """What `module:function` makes; ValueError, when it is read, if there is no such thing."""
-        return cls(target, lambda: _found(target)())
 
     @classmethod
     def of(cls, rows: Any) -> "MadeRows":
@@ -46,14 +42,13 @@ class MadeRows(str):
         """
         if callable(rows):
             name = getattr(rows, "__qualname__", type(rows).__name__)
-            made: Callable[[], Any] = rows
-            return cls(f"rows of {name}()", made)
+            return cls(f"rows of {name}()", rows)
         kept = list(rows) if iter(rows) is rows else rows
         number = f"{len(kept)} " if hasattr(kept, "__len__") else ""
-        return cls(f"a {type(rows).__name__} of {number}rows", lambda: kept)
+        return cls(f"a {type(rows).__name__} of {number}rows", kept)
 
     def anew(self) -> "MadeRows":
-        return MadeRows(str(self), self.make)
+        return type(self)(str(self), self.source)
 
     def __deepcopy__(self, memo: Any) -> "MadeRows":
         return self
@@ -61,9 +56,31 @@ class MadeRows(str):
     def __reduce__(self) -> Any:
         return str, (str(self),)
 
+    def look(self) -> Any:
+        """The rows, or the function that makes them, which is not called.
+
+        ValueError if there is no such thing, or if it is neither.
+        """
+        source = self._found()
+        if not callable(source):
+            return _iterable(self, source)
+        try:
+            inspect.signature(source).bind()
+        except TypeError:
+            raise ValueError(
+                f"{self}: expected a function that is called without arguments, got one with "
+                f"{inspect.signature(source)}; give them defaults, or name a function around it"
+            ) from None
+        except ValueError:  # a function of C, whose arguments nobody knows
+            pass
+        return source
+
+    def _found(self) -> Any:
+        return self.source
+
     @property
     def content(self) -> bytes:
-        """All rows, each a line of JSON."""
+        """All rows, each a line of JSON; ValueError if they cannot be made."""
         return self._written[0]
 
     @property
@@ -74,7 +91,7 @@ class MadeRows(str):
     @functools.cached_property
     def _written(self) -> tuple[bytes, dict[int, str]]:
         lines, errors = [], {}
-        for number, row in enumerate(self.make(), start=1):
+        for number, row in enumerate(self._rows(), start=1):
             try:
                 lines.append(json.dumps(row, default=written_or_error))
             except (TypeError, ValueError, RecursionError) as error:
@@ -82,13 +99,53 @@ class MadeRows(str):
                 errors[number] = f"expected JSON values, got others ({error}); convert them"
         return "".join(f"{line}\n" for line in lines).encode(), errors
 
+    def _rows(self) -> Iterator[Any]:
+        """The rows one by one; what the user's own code raises is said of this source."""
+        source, number = self.look(), 0
+        try:
+            rows = iter(_iterable(self, source() if callable(source) else source))
+            for number, row in enumerate(rows, start=1):
+                yield row
+        except _NotRowsError:
+            raise
+        except Exception as error:
+            after = f" after {number} rows" if number else ""
+            raise ValueError(
+                f"{self}: expected rows, got {type(error).__name__}: {error}{after}, which the "
+                "code that makes them has raised; correct it"
+            ) from error
 
-def _found(target: str) -> Callable[[], Iterable[Any]]:
-    module, _, name = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{target}: expected a file of rows, or a function that makes rows, got neither "
-            f"({error}); start where its module is, or set PYTHONPATH"
-        ) from error
+
+class NamedRows(MadeRows):
+    """What `module:function` makes, or the rows under that name, looked up when they are read."""
+
+    def __new__(cls, name: str, source: Any = None):
+        return super().__new__(cls, name, source)
+
+    def _found(self) -> Any:
+        module, _, name = self.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"{self}: expected a file of rows, or a function that makes rows, got neither "
+                f"({error}); start where its module is, or set PYTHONPATH"
+            ) from error
+        except Exception as error:
+            raise ValueError(
+                f"{self}: expected a module that can be imported, got {type(error).__name__}: "
+                f"{error}; correct {module}"
+            ) from error
+
+
+class _NotRowsError(ValueError):
+    """A function returned, or a name stands for, what are no rows."""
+
+
+def _iterable(name: str, rows: Any) -> Iterable[Any]:
+    if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
+        return rows
+    got = f"a {type(rows).__name__}" if rows is not None else "None"
+    raise _NotRowsError(
+        f"{name}: expected a list of rows, or what gives them one by one, got {got}; return that"
+    )

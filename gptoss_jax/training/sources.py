@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from gptoss_jax.training.json_values import json_value
-from gptoss_jax.training.made_rows import MadeRows, is_function
+from gptoss_jax.training.made_rows import MadeRows, NamedRows, is_function
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 _KNOWN = ", ".join(SUFFIXES[:-1]) + " or " + SUFFIXES[-1]
@@ -71,7 +71,10 @@ def digest(paths: str | Iterable[str]) -> str:
 
 
 def files_of(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
-    """The files that `paths` name; one ValueError lists every path that names none."""
+    """The files that `paths` name; one ValueError lists every path that names none.
+
+    A function that makes rows is looked at, and not called.
+    """
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: list[str] = []
     problems = [] if several else ["paths: expected at least one, got none; name a file or folder"]
@@ -81,10 +84,21 @@ def files_of(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str
         if not found:
             problems.append(f"{path}: {nothing_at(path)}")
         problems += [f"{file}: expected {_KNOWN}, got another kind of file" for file in unknown]
+        problems += [wrong for file in found if (wrong := _wrong_source(file))]
         files += found
     if problems:
         raise ValueError("\n".join(problems))
     return files
+
+
+def _wrong_source(file: str) -> str:
+    """What is wrong with Python that is to make rows, as far as can be seen without them."""
+    try:
+        if isinstance(file, MadeRows):
+            file.look()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def is_known(path: str) -> bool:
@@ -101,7 +115,7 @@ def expand(path: str) -> list[str]:
         return [path.anew()]
     path = os.path.expanduser(path)
     if is_function(path):
-        return [MadeRows.of_function(path)]
+        return [NamedRows(path)]
     found = _expand_url(path) if "://" in path else _expand_local(path)
     return sorted(found)
 

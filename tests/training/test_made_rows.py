@@ -16,7 +16,7 @@ from gptoss_jax.harmony import Tokenizer
 from gptoss_jax.training.check import check
 from gptoss_jax.training.data import DataOptions, load_rows, order_fields
 from gptoss_jax.training.made_rows import MadeRows
-from gptoss_jax.training.sources import digest, read_rows
+from gptoss_jax.training.sources import digest, files_of, read_rows
 
 
 def row(answer):
@@ -165,6 +165,75 @@ def test_values_of_python_become_json_and_others_are_errors_of_their_row():
     assert set(wrong) == {2, 3, 5, 6}
     assert wrong[2].startswith("expected JSON values, got others (object is no JSON value); conv")
     assert wrong[6].startswith("expected a JSON object, got a number")
+
+
+def raises():
+    raise RuntimeError("the database is gone")
+
+
+def raises_later():
+    yield row("a")
+    raise KeyError("b")
+
+
+def wants(number, *, fast):
+    return [row("a")] * number
+
+
+WRONG = {
+    "raises": "expected rows, got RuntimeError: the database is gone, which the code that makes",
+    "raises_later": "expected rows, got KeyError: 'b' after 1 rows, which the code that makes them",
+    "wants": r"expected a function that is called without arguments, got one with \(number, \*, f",
+    "none": "expected a list of rows, or what gives them one by one, got None; return that",
+    "mapping": "expected a list of rows, or what gives them one by one, got a dict; return that",
+    "VALUE": "expected a list of rows, or what gives them one by one, got a int; return that",
+    "TEXT": "expected a list of rows, or what gives them one by one, got a str; return that",
+}
+MAKERS = {
+    "raises": raises,
+    "raises_later": raises_later,
+    "wants": wants,
+    "none": lambda: None,
+    "mapping": lambda: row("a"),
+    "VALUE": 5,
+    "TEXT": "a.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_python_that_makes_no_rows_is_one_error_with_its_name(module, compact, name):
+    setattr(module, name, MAKERS[name])
+    path = f"edited_rows:{name}"
+    looked_at = name in ("wants", "VALUE", "TEXT")
+
+    with pytest.raises(ValueError, match=f"^{path}: {WRONG[name]}") as raised:
+        load_rows([path], DataOptions(train="x"), tokenizer=compact)
+    report = check(path)
+    if looked_at:
+        with pytest.raises(ValueError, match=f"^{path}: expected"):
+            files_of(path)
+    else:
+        assert files_of(path) == [path]
+
+    assert report.kinds["error"] == {"unreadable": 1}
+    assert f"{path}: {report.findings[0].text}" == str(raised.value)
+    assert isinstance(raised.value.__cause__, RuntimeError | KeyError) == ("raises" in name)
+
+
+def test_rows_under_a_name_are_rows(module, compact):
+    module.ROWS.extend([row("a"), row("b")])
+
+    assert number_of(DataOptions(train="edited_rows:ROWS"), compact) == 2
+
+
+def test_a_module_that_fails_is_one_error_before_its_rows_are_read(tmp_path, monkeypatch):
+    (tmp_path / "broken_rows.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(ValueError, match="broken_rows:rows: expected a module .* ZeroDivisionErr"):
+        files_of("broken_rows:rows")
+    with pytest.raises(ValueError, match=r"no_module:a: expected a file(.|\n)*broken_rows:b: expec"):
+        files_of(["no_module:a", "broken_rows:b"])
 
 
 def test_a_function_that_is_not_there_is_an_error_of_both(compact):
