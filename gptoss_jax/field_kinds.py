@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import itertools
 import math
 import re
 import types
@@ -19,8 +20,10 @@ from pathlib import PurePath
 from typing import Any
 
 UNIONS = (typing.Union, types.UnionType)
+MOST_SHOWN, DEEPEST_SHOWN, LONGEST_SHOWN = 20, 3, 500  # values of a list, levels, characters
 WORDS = {
     str: "text",
+    datetime.date: "date",
     int: "whole number",
     float: "number",
     bool: "true or false",
@@ -28,15 +31,20 @@ WORDS = {
 }
 
 
+class Free:
+    """The kind of what is in a mapping to Any: its dates, however deep, become text."""
+
+
 def adapted(kind: Any, value: Any, problems: list[str], where: str = "") -> Any:
     """A value as its field wants it, and what is in it, too; what cannot be is left as it is.
 
-    A bool in place of a number, which Python would take for 0 or 1, is added to the problems.
+    A field of Any is not looked into: it may hold rows by the million. A bool in place of a number,
+    which Python would take for 0 or 1, is added to the problems.
     """
     inner = members(kind)
     if isinstance(value, str) and value.lower() == "none" and _may_be_none(kind, value):
         return None
-    if isinstance(value, datetime.date | datetime.time) and (takes_text(kind) or Any in inner):
+    if isinstance(value, datetime.date | datetime.time) and (takes_text(kind) or Free in inner):
         value = value.isoformat()
     elif isinstance(value, PurePath) and takes_text(kind):
         value = str(value)
@@ -52,7 +60,7 @@ def adapted(kind: Any, value: Any, problems: list[str], where: str = "") -> Any:
                 key: adapted(names[key], part, problems, f"{where}.{key}" if where else str(key))
                 for key, part in value.items()
             }
-        if isinstance(value, list | tuple) and (is_list(kind) or kind is Any):
+        if isinstance(value, list | tuple) and (is_list(kind) or kind is Free):
             return _each(kind, value, problems, where)
     return value
 
@@ -60,8 +68,8 @@ def adapted(kind: Any, value: Any, problems: list[str], where: str = "") -> Any:
 def _each(kind: Any, values: Sequence[Any], problems: list[str], where: str) -> Sequence[Any]:
     """The same for a list; a tuple that is right already stays the one it is."""
     kinds = typing.get_args(kind)
-    if kind is Any or (len(kinds) == 2 and kinds[1] is ...):
-        kinds = ((*kinds, Any)[0],) * len(values)
+    if kind is Free or (len(kinds) == 2 and kinds[1] is ...):
+        kinds = ((*kinds, Free)[0],) * len(values)
     if len(kinds) != len(values):
         return values
     found = [
@@ -76,13 +84,14 @@ def _each(kind: Any, values: Sequence[Any], problems: list[str], where: str) -> 
 
 def _inside(kind: Any) -> Any:
     """A function from a key to the kind of its value, for a dataclass or a mapping, or None."""
-    if kind is Any:
-        return lambda key: Any
+    if kind is Free:
+        return lambda key: Free
     if dataclasses.is_dataclass(kind):
         hints = hints_of(kind)
         return lambda key: hints.get(key, Any)
     if isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping):
-        return lambda key: typing.get_args(kind)[1]
+        inside = typing.get_args(kind)[1]
+        return lambda key: Free if inside is Any else inside
     return None
 
 
@@ -131,7 +140,7 @@ def kind_at(kind: Any, path: Sequence[str]) -> Any:
             kind = dataclass_of(kind)
             continue
         kind = insides[0](key) if insides else None
-    return None if kind is Any else kind
+    return None if kind in (Any, Free) else kind
 
 
 @functools.lru_cache(maxsize=256)
@@ -430,14 +439,29 @@ def _words(kind: Any) -> list[str]:
 
 def shown(value: Any) -> str:
     """A value as TOML has it, shortened if it is a long one."""
+    text = _shown(value, DEEPEST_SHOWN)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def _shown(value: Any, levels: int) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(shown, value))}]"
-    if isinstance(value, Mapping):
-        pairs = ", ".join(f"{key} = {shown(part)}" for key, part in value.items())
-        return f"{{{pairs}}}"
+    if isinstance(value, list | tuple | Mapping):
+        return _shown_inside(value, levels)
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _shown_inside(value: Sequence[Any] | Mapping[Any, Any], levels: int) -> str:
+    """What is in a list or a table, as far as it is shown."""
+    parts = ["..."] if levels == 0 and value else []
+    if levels:
+        pairs = value.items() if isinstance(value, Mapping) else ((None, one) for one in value)
+        for key, part in itertools.islice(pairs, MOST_SHOWN):
+            text = _shown(part, levels - 1)
+            parts.append(f"{key} = {text}" if isinstance(value, Mapping) else text)
+        parts += ["..."] * (len(value) > MOST_SHOWN)
+    inside = ", ".join(parts)
+    return f"{{{inside}}}" if isinstance(value, Mapping) else f"[{inside}]"

@@ -171,7 +171,7 @@ def _plain(text: str, kinds: Sequence[Any]) -> Any:
 
 def fields_list(kind: Any) -> list[dict[str, str]]:
     """The name, kind and default of each field of a dataclass and those nested in it, in words."""
-    found = [(path, in_words(hint), _default(field)) for path, hint, field in fields_of(kind)]
+    found = [(path, _kind_of(field, hint), _default(field)) for path, hint, field in fields_of(kind)]
     return [dict(zip(("name", "kind", "default"), row, strict=True)) for row in found if row[1]]
 
 
@@ -183,6 +183,11 @@ def fields_table(kind: Any) -> str:
         f"{path:{widths[0]}}  {words:{widths[1]}}  {default}".rstrip()
         for path, words, default in rows
     )
+
+
+def _kind_of(field: dataclasses.Field, hint: Any) -> str:
+    """In words: those that a field has of its own, or else what its type says."""
+    return field.metadata.get("words") or in_words(hint)
 
 
 def _default(field: dataclasses.Field) -> str:

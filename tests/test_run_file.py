@@ -2,6 +2,7 @@
 """Strict reading of TOML files into dataclasses."""
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from gptoss_jax.field_kinds import in_words, settle
+from gptoss_jax.field_kinds import in_words, settle, shown
 from gptoss_jax.mesh_file import read_mesh
 from gptoss_jax.run_file import fields_table, from_fields, read_run
 
@@ -37,6 +38,8 @@ class Cart:
     spare: Wheel | None = None
     tags: tuple[str, ...] = ()
     day: str | None = None
+    born: datetime.date | None = None
+    cargo: Any = dataclasses.field(default=None, metadata={"words": "whatever it carries"})
     limit: float | None = 2.0
     span: tuple[int, int] | None = None
     spokes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -359,6 +362,22 @@ def test_a_table_that_may_be_an_object(tmp_path):
         assert ";" not in str(caught.value)
 
 
+def test_dates_become_text_in_a_free_table_and_a_free_field_is_left_alone():
+    day = datetime.date(2026, 1, 2)
+
+    cart = from_fields(Cart, {"name": "n", "others": {"a": [{"b": day}]}, "cargo": [day]}, where="")
+
+    assert cart.others == {"a": [{"b": "2026-01-02"}]}
+    assert cart.cargo == [day]
+
+
+def test_a_long_value_is_shown_shortened():
+    assert shown([1, {"a": (True, None)}, "b"]) == "[1, {a = [true, none]}, 'b']"
+    assert shown(list(range(30))).endswith("18, 19, ...]")
+    assert shown([[[[1]]]]) == "[[[[...]]]]"
+    assert len(shown(["x" * 300] * 1000)) == 503
+
+
 def test_a_table_of_the_fields():
     lines = fields_table(Cart).splitlines()
 
@@ -375,6 +394,8 @@ def test_a_table_of_the_fields():
         ("spare.load", "number", "1.0"),
         ("tags", "list of texts", "[]"),
         ("day", "text or none", "none"),
+        ("born", "date or none", "none"),
+        ("cargo", "whatever it carries", "none"),
         ("limit", "number or none", "2.0"),
         ("span", "list of whole number and whole number or none", "none"),
         ("spokes", "table", "{}"),

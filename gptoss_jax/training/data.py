@@ -10,13 +10,14 @@ import collections
 import dataclasses
 import datetime
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
+from gptoss_jax.field_kinds import settle, shown
 from gptoss_jax.harmony import SystemSettings, Tokenizer
+from gptoss_jax.harmony.messages import EFFORTS, is_date
 from gptoss_jax.training import masks
 from gptoss_jax.training.documents import (
     Batches,
@@ -28,13 +29,17 @@ from gptoss_jax.training.documents import (
     report_on,
 )
 from gptoss_jax.training.formats import RowProblems, conversation_of, recognise
-from gptoss_jax.training.made_rows import MadeRows
+from gptoss_jax.training.made_rows import as_sources
 from gptoss_jax.training.packing import RowOrder
 from gptoss_jax.training.shared import SharedRows, shared_length
 from gptoss_jax.training.sources import SourceRow, read_rows
 
 TooLong = Literal["leave-out", "truncate", "error"]
 SHOWN_ERRORS = 20
+MOST_TOKENS = 2**31 - 1  # of a batch: positions and ids are int32
+MOST_SEED = 2**63 - 1
+MOST_EPOCHS = 1_000_000  # each is planned to know how many steps all have
+_SOURCES = "path, module:function, list of these"
 # Options that do not decide which tokens come when; the files are compared by their tokens.
 _NOT_ORDER = ("train", "eval", "epochs")
 
@@ -45,11 +50,11 @@ class DataOptions:
 
     `train` and `eval` are files, folders, globs, URLs or `module:function`, one or a list of them.
     From Python they may also be rows (a list of dictionaries), a function that makes rows, or a
-    list of these. They become a tuple of text, in which rows have a name.
+    list of these. They become a tuple of text, in which rows have a name. `eval` may be None.
     """
 
-    train: Any
-    eval: Any = ()  # held out
+    train: Any = dataclasses.field(metadata={"words": _SOURCES})
+    eval: Any = dataclasses.field(default=(), metadata={"words": f"{_SOURCES} or none"})  # held out
     length: int = 2048  # tokens of a packed row
     rows: int = 8  # packed rows of a step, on all devices together
     mask: masks.Mask = "assistant"  # what is learnt: see masks.tokenize
@@ -70,41 +75,52 @@ class DataOptions:
     builtin_tools: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name, value in self._in_one_form().items():
+        problems: list[str] = []
+        for name, value in self._in_one_form(problems).items():
             object.__setattr__(self, name, value)
-        problems = [
-            f"{name}: expected {expected}, got {getattr(self, name)!r}"
-            for name, expected, right in (
-                ("train", "paths, rows or functions", all(map(_is_source, self.train))),
-                ("train", "at least one path, or rows", bool(self.train)),
-                ("eval", "paths, rows or functions", all(map(_is_source, self.eval))),
-                ("builtin_tools", "names", all(isinstance(t, str) for t in self.builtin_tools)),
-                ("length", "at least 2 tokens", self.length >= 2),
-                ("rows", "at least 1", self.rows >= 1),
-                ("mask", " or ".join(masks.MASKS), self.mask in masks.MASKS),
-                ("too_long", " or ".join(get_args(TooLong)), self.too_long in get_args(TooLong)),
-                ("seed", "a number from 0 up", self.seed >= 0),
-                ("epochs", "at least 1, or none", self.epochs is None or self.epochs >= 1),
-            )
-            if not right
-        ]
         try:
-            self.settings()
+            settle(self)
         except ValueError as error:
             problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
+        problems = [
+            f"{name}: expected {expected}, got {shown(getattr(self, name))}"
+            for name, expected, right in (
+                ("length", f"2 to {MOST_TOKENS} tokens", 2 <= self.length <= MOST_TOKENS),
+                ("rows", "at least 1", self.rows >= 1),
+                ("seed", f"a number from 0 to {MOST_SEED}", 0 <= self.seed <= MOST_SEED),
+                (
+                    "epochs",
+                    f"1 to {MOST_EPOCHS}, or none, which is until the run has its steps",
+                    self.epochs is None or 1 <= self.epochs <= MOST_EPOCHS,
+                ),
+                ("effort", "low, medium or high", self.effort in EFFORTS),
+                ("date", "YYYY-MM-DD or none", self.date is None or is_date(self.date)),
+            )
+            if not right
+        ]
+        if not problems and self.rows * self.length > MOST_TOKENS:
+            problems.append(
+                f"rows: expected at most {MOST_TOKENS // self.length} of length={self.length}, so "
+                f"that a batch has at most {MOST_TOKENS} tokens, got {self.rows}"
+            )
+        if not problems:
+            self.settings()
+        if problems:
+            raise ValueError("; ".join(problems))
 
-    def _in_one_form(self) -> dict[str, Any]:
+    def _in_one_form(self, problems: list[str]) -> dict[str, Any]:
         """What may be given in more than one."""
-        date, tools = self.date, self.builtin_tools
+        held_out = self.eval
+        if held_out is None or (isinstance(held_out, str) and held_out.lower() == "none"):
+            held_out = ()
         return {
-            "train": _as_sources(self.train),
-            "eval": _as_sources(self.eval),
-            "date": date.isoformat() if isinstance(date, datetime.date) else date or None,
+            "train": as_sources("train", self.train, problems),
+            "eval": as_sources("eval", held_out, problems),
+            "date": self.date or None,
             "knowledge_cutoff": self.knowledge_cutoff or None,
             "identity": self.identity or None,
-            "builtin_tools": (tools,) if isinstance(tools, str) else tuple(tools),
         }
 
     def settings(self) -> SystemSettings:
@@ -116,28 +132,6 @@ class DataOptions:
             identity=self.identity,
             builtin_tools=self.builtin_tools,
         )
-
-
-def _as_sources(given: Any) -> tuple[Any, ...]:
-    """Paths as text and rows by a name, of "a.jsonl", [{"messages": ...}] or [Path("a"), rows]."""
-    if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
-        return (_as_source(given),)
-    if not isinstance(given, Sequence) or (given and isinstance(given[0], Mapping)):
-        return (MadeRows.of(given),)
-    return tuple(map(_as_source, given))
-
-
-def _as_source(one: Any) -> Any:
-    if isinstance(one, str):
-        return one
-    if isinstance(one, os.PathLike):
-        return os.fspath(one)
-    is_rows = isinstance(one, Iterable) and not isinstance(one, Mapping)
-    return MadeRows.of(one) if callable(one) or is_rows else one
-
-
-def _is_source(one: Any) -> bool:
-    return isinstance(one, str) and bool(one)
 
 
 def load_rows(

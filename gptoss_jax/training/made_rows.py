@@ -11,9 +11,10 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gptoss_jax.field_kinds import shown
 from gptoss_jax.training.json_values import written_or_error
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -103,8 +104,8 @@ class MadeRows(str):
         """The rows one by one; what the user's own code raises is said of this source."""
         source, number = self.look(), 0
         try:
-            rows = iter(_iterable(self, source() if callable(source) else source))
-            for number, row in enumerate(rows, start=1):
+            for row in _iterable(self, source() if callable(source) else source):
+                number += 1
                 yield row
         except _NotRowsError:
             raise
@@ -149,3 +150,31 @@ def _iterable(name: str, rows: Any) -> Iterable[Any]:
     raise _NotRowsError(
         f"{name}: expected a list of rows, or what gives them one by one, got {got}; return that"
     )
+
+
+def as_sources(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
+    """Paths as text and rows by a name, of "a.jsonl", [{"messages": ...}] or [Path("a"), rows].
+
+    What is no data is a problem of the option of that name.
+    """
+    if isinstance(given, str | bytes | os.PathLike | Mapping) or not isinstance(given, Iterable):
+        sources = (_as_source(given),)
+    elif not isinstance(given, Sequence) or (given and isinstance(given[0], Mapping)):
+        sources = (MadeRows.of(given),)
+    else:
+        sources = tuple(map(_as_source, given))
+    wrong = [source for source in sources if not isinstance(source, str) or not source]
+    if wrong:
+        problems.append(f"{name}: expected paths, rows or functions, got {shown(wrong[0])}")
+    if name == "train" and not sources:
+        problems.append("train: expected at least one path, or rows, got none")
+    return sources
+
+
+def _as_source(one: Any) -> Any:
+    if isinstance(one, str):
+        return one
+    if isinstance(one, os.PathLike):
+        return os.fspath(one)
+    is_rows = isinstance(one, Iterable) and not isinstance(one, Mapping | bytes)
+    return MadeRows.of(one) if callable(one) or is_rows else one

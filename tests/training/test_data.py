@@ -157,6 +157,15 @@ def test_an_unreadable_row_is_an_error(compact):
         load_rows(["b"], OPTIONS, tokenizer=compact, read=lambda paths: read)
 
 
+def made_of(**fields):
+    """Options, past the tests' own check of types."""
+    options = DataOptions(train=("a",))
+    for name, value in fields.items():
+        object.__setattr__(options, name, value)
+    options.__post_init__()
+    return options
+
+
 def test_no_row_left_is_an_error(compact):
     rows = given(chat("q", "long " * 400), chat("q", ""))
     rows["read"]([])[1].fields["messages"][1]["weight"] = 0
@@ -177,14 +186,47 @@ def test_no_row_left_is_an_error(compact):
         ("epochs", 0),
         ("effort", "max"),
         ("date", "today"),
+        ("date", 2026),
+        ("length", "256"),
+        ("length", 256.5),
+        ("length", 2**31),
+        ("rows", None),
+        ("rows", 10**20),
+        ("rows", 2**20),  # with the default length, 2^31 tokens
+        ("seed", None),
+        ("seed", True),
+        ("seed", 10**26),
+        ("epochs", "2"),
+        ("epochs", 10**12),
+        ("packing", "false"),
+        ("shuffle", "no"),
+        ("expand_turns", 1),
+        ("builtin_tools", None),
+        ("builtin_tools", (1,)),
+        ("builtin_tools", ("calculator",)),
+        ("identity", 5),
+        ("eval", 5),
     ],
 )
 def test_wrong_options_are_refused(name, value):
-    options = DataOptions(train=("a",))
-    object.__setattr__(options, name, value)  # past the tests' own check of types
+    with pytest.raises(ValueError, match=rf"^{name}(\.0)?: expected .*, got ") as raised:
+        made_of(**{name: value})
+    assert "; " not in str(raised.value).replace("; describe another", "")
 
-    with pytest.raises(ValueError, match=f"(^|_){name}: expected .*, got "):
-        options.__post_init__()
+
+def test_all_that_is_wrong_with_options_is_said_at_once():
+    with pytest.raises(ValueError, match=r"^train: .*; rows: .*; packing: "):
+        made_of(train=5, rows=None, packing="false")
+    with pytest.raises(ValueError, match=r"^length: .*; effort: .*; date: "):
+        made_of(length=1, effort="max", date="2026")
+
+
+def test_numbers_of_numpy_are_whole_numbers():
+    options = made_of(length=np.int64(256), rows=np.int32(4))
+
+    assert (options.length, options.rows) == (256, 4)
+    assert type(options.length) is type(options.rows) is int
+    assert made_of(epochs="none", builtin_tools="python") == made_of(builtin_tools=["python"])
 
 
 # Which documents stand in which row

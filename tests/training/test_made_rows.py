@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.harmony import Tokenizer
+from gptoss_jax.run_file import from_fields
 from gptoss_jax.training.check import check
 from gptoss_jax.training.data import DataOptions, load_rows, order_fields
 from gptoss_jax.training.made_rows import MadeRows
@@ -120,6 +121,31 @@ def test_what_is_written_of_a_run_names_the_rows(compact):
 def test_what_is_no_data_is_refused(wrong):
     with pytest.raises(ValueError, match="train: expected paths, rows or functions"):
         DataOptions(train=wrong)
+
+
+@pytest.mark.parametrize("none", [None, "none", [], ()])
+def test_no_held_out_data_in_every_way_to_say_so(none):
+    assert DataOptions(train="a", eval=none).eval == ()
+
+
+def test_what_is_wrong_is_shown_without_the_rows_beside_it():
+    with pytest.raises(ValueError, match=r"^train: expected paths, rows or functions, got none$"):
+        DataOptions(train=[None, *[row("a")] * 1000])
+    with pytest.raises(ValueError, match="^eval: expected paths") as raised:
+        DataOptions(train="a", eval={"messages": [row("a" * 1000)] * 1000})
+    assert len(str(raised.value)) < 1000
+
+
+def test_rows_in_a_mapping_of_options_are_those_of_the_options():
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    rows = [row("a"), {"x": deep, "day": datetime.date(2026, 1, 1)}]
+
+    made = from_fields(DataOptions, {"train": rows, "eval": lambda: rows}, where="data")
+
+    assert made.train[0].source is rows
+    assert made.train == DataOptions(train=rows).train
 
 
 @pytest.mark.parametrize("none", [[], ()])
@@ -230,9 +256,9 @@ def test_a_module_that_fails_is_one_error_before_its_rows_are_read(tmp_path, mon
     (tmp_path / "broken_rows.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    with pytest.raises(ValueError, match="broken_rows:rows: expected a module .* ZeroDivisionErr"):
+    with pytest.raises(ValueError, match=r"broken_rows:rows: expected a module .* ZeroDivis"):
         files_of("broken_rows:rows")
-    with pytest.raises(ValueError, match=r"no_module:a: expected a file(.|\n)*broken_rows:b: expec"):
+    with pytest.raises(ValueError, match=r"no_module:a: expected a file(.|\n)*broken_rows:b: exp"):
         files_of(["no_module:a", "broken_rows:b"])
 
 
