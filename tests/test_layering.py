@@ -55,8 +55,8 @@ LEAVES = {"weights/names"}  # import nothing from their own room either
 NOT_FOR = {"config": ("kernels",)}  # kernels are given numbers, not a model
 # Text and arrays meet in the training data and from floor 5 on: the engine knows no text.
 TEXT_OF_TRAINING = (
-    *("channels", "check", "conversations", "data", "doubts", "formats", "masks", "prefixed"),
-    *("profiles", "sharegpt", "shortcuts", "sources", "sums", "tally"),
+    *("channels", "check", "conversations", "data", "doubts", "fates", "formats", "masks"),
+    *("prefixed", "profiles", "sharegpt", "shortcuts", "sources", "sums", "tally"),
 )
 ONLY_FOR = {"harmony": (*(f"training/{room}" for room in TEXT_OF_TRAINING), *FLOORS[5], *FLOORS[6])}
 # Packages that a room must not import, directly or through another file of ours.

@@ -86,37 +86,39 @@ class Report:
 def check(
     paths: str | os.PathLike | Iterable[str | os.PathLike],
     *,
+    held_out: str | os.PathLike | Iterable[str | os.PathLike] = (),
     profile: str = "harmony",
     tokens: TokenOptions | None = None,
 ) -> Report:
-    """Read all files of `paths` and report everything at once.
+    """Read all files of `paths` and of `held_out`, and report everything at once.
 
-    `tokens` say what is learnt of a row; without them, or a tokenizer in them, none are counted. A
-    path without a file is an error of the report, too. As "harmony", what `load_rows` refuses with
-    the same options is an error, and nothing else is.
+    Statistics are of `paths`; a held-out row should say what none of these says. `tokens` say what
+    is learnt of a row; without them, or a tokenizer in them, none are counted. A path without a
+    file is an error of the report, too. As "harmony", what `load_rows` refuses with the same
+    options is an error, and nothing else is.
     """
     if profile not in PROFILES:
         known = ", ".join(PROFILES)
         raise ValueError(f"profile: expected one of {known}, got {profile!r}; choose one")
     run = _Run(Tally(tokens or TokenOptions()))
-    several = [paths] if isinstance(paths, str | os.PathLike) else paths
-    names = [os.fspath(path) for path in several]
-    for path in names:
-        files = expand(path)
-        if not files:
-            run.add(path, None, [Fault("found", "", nothing_at(path))])
-        for file in files:
-            run.read(file, PROFILES[profile]())
-    if PROFILES[profile].min_rows == 0:
-        run.whole(", ".join(names))
+    run.read_all(_names(paths), profile)
+    if several := _names(held_out):
+        run.hold_out()
+        run.read_all(several, profile)
     return run.report(profile)
+
+
+def _names(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
+    several = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return [os.fspath(path) for path in several]
 
 
 class _Run:
     """What is known after the rows read so far."""
 
     def __init__(self, tally: Tally):
-        self._tally = tally
+        self._tally = self._first = tally
+        self._rows = 0  # of the files before these
         self._files: list[dict[str, Any]] = []
         self._findings: list[Finding] = []
         self._kinds: Counter[tuple[Severity, str]] = Counter()
@@ -133,6 +135,23 @@ class _Run:
             if self._kinds[severity, kind] <= MAX_KEPT:
                 self._findings.append(Finding(severity, kind, path, line, at, text))
         return errors
+
+    def hold_out(self) -> None:
+        """Count files from here on by themselves."""
+        self._rows = sum(facts["rows"] for facts in self._files)
+        self._tally = self._first.held_out()
+
+    def read_all(self, paths: Iterable[str], profile: str) -> None:
+        """Check all files of paths that are read together."""
+        names = list(paths)
+        for path in names:
+            files = expand(path)
+            if not files:
+                self.add(path, None, [Fault("found", "", nothing_at(path))])
+            for file in files:
+                self.read(file, PROFILES[profile]())
+        if PROFILES[profile].min_rows == 0:
+            self.whole(", ".join(names))
 
     def read(self, path: str, rules: Harmony) -> None:
         """Check one file."""
@@ -160,9 +179,13 @@ class _Run:
 
     def whole(self, paths: str) -> None:
         """Note it if there is nothing to train on in all files, which are right by themselves."""
-        if self._tally.kept or any(severity == "error" for severity, _ in self._kinds):
+        if any(severity == "error" for severity, _ in self._kinds):
             return
-        rows = sum(facts["rows"] for facts in self._files)
+        if self._tally.kept:
+            if reason := self._tally.not_shared():
+                self.add(paths, None, [Fault("share_beginning", "", reason)])
+            return
+        rows = sum(facts["rows"] for facts in self._files) - self._rows
         got = (
             f"{rows} rows that are too long or teach nothing, as the warnings say"
             if rows
@@ -181,7 +204,7 @@ class _Run:
             "rows": sum(facts["rows"] for facts in self._files),
             "usable_rows": self._formats.total(),
             "formats": dict(self._formats),
-            **self._tally.statistics(),
+            **self._first.statistics(),
         }
         return Report(profile, self._files, self._findings, kinds, statistics)
 

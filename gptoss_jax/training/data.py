@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import datetime
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +28,14 @@ from gptoss_jax.training.documents import (
     Rows,
     report_on,
 )
+from gptoss_jax.training.fates import BEYOND, KEPT, TokenRows, TooLong, cut, fate, token_rows
 from gptoss_jax.training.formats import RowProblems, conversation_of, recognise
 from gptoss_jax.training.made_rows import as_sources
 from gptoss_jax.training.packing import RowOrder
 from gptoss_jax.training.shared import SharedRows, shared_length
 from gptoss_jax.training.sources import SourceRow, read_rows
+from gptoss_jax.training.tally import TokenOptions
 
-TooLong = Literal["leave-out", "truncate", "error"]
 SHOWN_ERRORS = 20
 MOST_TOKENS = 2**31 - 1  # of a batch: positions and ids are int32
 MOST_SEED = 2**63 - 1
@@ -134,6 +135,21 @@ class DataOptions:
         )
 
 
+def token_options(options: DataOptions, tokenizer: Tokenizer | None) -> TokenOptions:
+    """What a check needs to know of these options to say what `load_rows` would."""
+    return TokenOptions(
+        tokenizer=tokenizer,
+        settings=options.settings(),
+        mask=options.mask,
+        length=options.length,
+        rows=options.rows,
+        expand_turns=options.expand_turns,
+        too_long=options.too_long,
+        share_beginning=options.share_beginning,
+        packing=options.packing,
+    )
+
+
 def load_rows(
     paths: Sequence[str],
     options: DataOptions,
@@ -152,13 +168,15 @@ def load_rows(
     unused: collections.Counter[str] = collections.Counter()
     for source in read(paths):
         unused.update(_unused(source))
-        for row in _token_rows(source, options, tokenizer, problems):
-            fate = _fate(row, options)
-            tally.update(["read", fate, *["with_specials"] * (row.specials > 0)])
-            if fate == "error":
+        made = _token_rows(source, options, tokenizer, problems)
+        tally.update({"read": made.beyond, BEYOND[options.too_long]: made.beyond})
+        for row in made.rows:
+            becomes = fate(row, length=options.length, too_long=options.too_long)
+            tally.update(["read", becomes, *["with_specials"] * (row.specials > 0)])
+            if becomes == "error":
                 problems.append(_excess(source, len(row.tokens), options.length))
-            elif fate in ("kept", "truncated"):
-                kept.append(_cut(row, options.length))
+            elif becomes in KEPT:
+                kept.append(cut(row, options.length))
     names = [field.name for field in dataclasses.fields(Counts) if field.name != "unused"]
     counts = Counts(**{name: tally[name] for name in names}, unused=dict(sorted(unused.items())))
     _raise(problems)
@@ -181,33 +199,26 @@ def _unused(source: SourceRow) -> tuple[str, ...]:
 
 def _token_rows(
     source: SourceRow, options: DataOptions, tokenizer: Tokenizer, problems: list[str]
-) -> Iterator[masks.TokenRow]:
+) -> TokenRows:
     """What one row of a file becomes; what is wrong with it goes to `problems`."""
     where = f"{source.path}:{source.line}"
     if source.fields is None:
         problems.append(f"{where}: {source.error}")
-        return
+        return TokenRows([])
     try:
-        conversation = conversation_of(source.fields)
-        expanded = masks.expand_turns(conversation) if options.expand_turns else [conversation]
-        for one in expanded:
-            yield masks.tokenize(
-                one, tokenizer=tokenizer, settings=options.settings(), mask=options.mask
-            )
+        return token_rows(
+            conversation_of(source.fields),
+            tokenizer=tokenizer,
+            settings=options.settings(),
+            mask=options.mask,
+            length=options.length,
+            expand_turns=options.expand_turns,
+        )
     except RowProblems as error:
         problems += [f"{where}: {problem}" for problem in error.problems]
     except ValueError as error:
         problems.append(f"{where}: {error}")
-
-
-def _fate(row: masks.TokenRow, options: DataOptions) -> str:
-    """What becomes of a row: a name in Counts, or "kept" or "error"."""
-    is_long = len(row.tokens) > options.length
-    if is_long and options.too_long != "truncate":
-        return "error" if options.too_long == "error" else "too_long"
-    if not _cut(row, options.length).trained:
-        return "nothing_to_train"
-    return "truncated" if is_long else "kept"
+    return TokenRows([])
 
 
 def _excess(source: SourceRow, number: int, length: int) -> str:
@@ -215,10 +226,6 @@ def _excess(source: SourceRow, number: int, length: int) -> str:
         f"{source.path}:{source.line}: row: expected at most length={length} tokens, got {number}; "
         'raise length, shorten the row, or set too_long to "leave-out" or "truncate"'
     )
-
-
-def _cut(row: masks.TokenRow, length: int) -> masks.TokenRow:
-    return dataclasses.replace(row, tokens=row.tokens[:length], weights=row.weights[:length])
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -97,17 +97,27 @@ def expand_turns(conversation: Conversation) -> list[Conversation]:
     So the reasoning of every turn is learnt, each where inference would show it. Turns whose
     weights are all 0 get none; a conversation without any other is returned as it is.
     """
+    return [up_to(conversation, turn) for turn in learnt_turns(conversation)] or [conversation]
+
+
+def learnt_turns(conversation: Conversation) -> list[range]:
+    """The turns with a message of the assistant's that has weight."""
     messages, weights = conversation.messages, _message_weights(conversation)
-    expanded = [
-        dataclasses.replace(
-            conversation,
-            messages=messages[: turn.stop],
-            weights=(0.0,) * turn.start + weights[turn.start : turn.stop],
-        )
+    return [
+        turn
         for turn in turns(messages)
         if any(weights[index] for index in turn if messages[index].role == "assistant")
     ]
-    return expanded or [conversation]
+
+
+def up_to(conversation: Conversation, turn: range) -> Conversation:
+    """A conversation that ends in this turn and learns it alone."""
+    weights = _message_weights(conversation)
+    return dataclasses.replace(
+        conversation,
+        messages=conversation.messages[: turn.stop],
+        weights=(0.0,) * turn.start + weights[turn.start : turn.stop],
+    )
 
 
 def turns(messages: Sequence[Message]) -> list[range]:

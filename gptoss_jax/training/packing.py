@@ -10,10 +10,11 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 OPEN_ROWS = 1024  # that a document may go into; more would fill rows little better
 ENDLESS = 2**60  # rows: more than any run takes
+LEAST_SHARED = 16  # tokens at the beginning of rows: with fewer there is nothing to gain
 
 
 def first_fit(
@@ -107,3 +108,40 @@ class RowOrder(Sequence):
         if not self._packing:
             return list(order[:, None])
         return first_fit(self._lengths, order, self.capacity)
+
+
+class SharedBeginning:
+    """How many tokens all documents begin with, one document after the other.
+
+    Nothing of the beginning is learnt. What is left of each is two tokens at least, the first of
+    them not learnt either, as no token of its row stands before it.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self._first = np.zeros(0, np.int32)
+        self._alike = self._unlearnt = self._shortest = ENDLESS
+
+    def add(self, tokens: Int[np.ndarray, " T"], weights: Float[np.ndarray, " T"]) -> None:
+        """Look at one more, as far as all before it were alike."""
+        if not self.count:
+            self._first, self._alike = tokens, len(tokens)
+        self.count += 1
+        self._shortest = min(self._shortest, len(tokens))
+        end = min(self._alike, len(tokens))
+        differ = np.flatnonzero(tokens[:end] != self._first[:end])
+        self._alike = int(differ[0]) if len(differ) else end
+        learnt = np.flatnonzero(weights[: self._unlearnt])
+        self._unlearnt = int(learnt[0]) if len(learnt) else self._unlearnt
+
+    @property
+    def length(self) -> int:
+        """Raises ValueError if it is below LEAST_SHARED."""
+        shared = max(min(self._alike, self._unlearnt - 1, self._shortest - 2), 0)
+        if shared < LEAST_SHARED:
+            raise ValueError(
+                f"share_beginning: expected rows that all begin with the same {LEAST_SHARED} "
+                f"tokens or more, none of them learnt, got {shared} in {self.count} rows, and "
+                "sharing brings nothing; set it to false"
+            )
+        return shared

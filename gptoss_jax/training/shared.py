@@ -6,44 +6,24 @@ with. Knows no text; `documents.py` makes batches of these rows as of packed one
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from gptoss_jax.training.documents import Documents
-from gptoss_jax.training.packing import RowOrder
+from gptoss_jax.training.packing import RowOrder, SharedBeginning
 from gptoss_jax.training.prefixed import PrefixedBatch
 
-LEAST = 16  # shared tokens: with fewer there is nothing to gain
 MULTIPLE = 16  # rows are as long as the longest, rounded up to it
 
 
 def shared_length(documents: Documents) -> int:
-    """The length of what all documents begin with.
-
-    Nothing of it is learnt. What is left of each is two tokens at least, the first of them not
-    learnt either, as no token of its row stands before it. Raises ValueError if the length is below
-    LEAST.
-    """
-    shared = _common(documents)
-    if shared < LEAST:
-        raise ValueError(
-            f"share_beginning: expected rows that all begin with the same {LEAST} tokens or more, "
-            f"none of them learnt, got {shared} in {len(documents)} rows, and sharing brings "
-            "nothing; set it to false"
-        )
-    return shared
-
-
-def _common(documents: Documents) -> int:
-    starts, shortest = documents.starts[:-1], int(documents.lengths.min())
-    for at in range(shortest - 1):
-        if documents.weights[starts + at].any():
-            return max(at - 1, 0)
-        tokens = documents.tokens[starts + at]
-        if (tokens != tokens[0]).any():
-            return at
-    return max(shortest - 2, 0)
+    """The length of what all documents begin with; ValueError if that is too little."""
+    beginning, starts = SharedBeginning(), documents.starts.tolist()
+    for start, stop in itertools.pairwise(starts):
+        beginning.add(documents.tokens[start:stop], documents.weights[start:stop])
+    return beginning.length
 
 
 class SharedRows:

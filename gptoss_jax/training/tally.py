@@ -15,8 +15,9 @@ import numpy as np
 from gptoss_jax.harmony import SystemSettings, Tokenizer
 from gptoss_jax.training.conversations import Conversation, RowTools
 from gptoss_jax.training.doubts import doubts
-from gptoss_jax.training.masks import Mask, expand_turns, tokenize
-from gptoss_jax.training.packing import first_fit, shuffled
+from gptoss_jax.training.fates import KEPT, TokenRows, TooLong, cut, fate, token_rows
+from gptoss_jax.training.masks import Mask, TokenRow
+from gptoss_jax.training.packing import SharedBeginning, first_fit, shuffled
 from gptoss_jax.training.profiles import Fault
 
 
@@ -30,6 +31,9 @@ class TokenOptions:
     length: int = 2048  # tokens of a packed row
     rows: int = 8  # packed rows of a step
     expand_turns: bool = False  # a document for each turn
+    too_long: TooLong = "leave-out"
+    share_beginning: bool = False
+    packing: bool = True
 
 
 class Tally:
@@ -42,8 +46,10 @@ class Tally:
         self._roles: Counter[str] = Counter()
         self._first: dict[int, str] = {}  # a conversation's hash -> where it stands
         self._texts = self._repeated = self._with_specials = self._untrained = self._cut = 0
-        self._lengths, self._trained = array.array("q"), array.array("q")  # of each conversation
-        self.kept = 0  # documents that there is something to train on, whole
+        self._lengths, self._trained = array.array("q"), array.array("q")  # of each document
+        self._kept, self._beyond = array.array("q"), 0
+        self._beginning = SharedBeginning()
+        self.kept = 0  # documents that there is something to train on
 
     def add(self, conversation: Conversation, where: str) -> list[Fault]:
         """Count one more; what is doubtful about it comes out, and an error if it has no tokens."""
@@ -69,6 +75,21 @@ class Tally:
         else:
             faults.append(self._nothing_to_train())
         return faults
+
+    def held_out(self) -> "Tally":
+        """One for data that is held out: what repeats a row of these is doubtful there."""
+        tally = Tally(self._options)
+        tally._first = self._first
+        return tally
+
+    def not_shared(self) -> str:
+        """Why the documents share no beginning, where they are to."""
+        if self._options.share_beginning and self._beginning.count:
+            try:
+                _ = self._beginning.length
+            except ValueError as error:
+                return str(error)
+        return ""
 
     def statistics(self) -> dict[str, Any]:
         """All counts, as JSON values."""
@@ -104,47 +125,65 @@ class Tally:
         return Fault("nothing_to_train", "row", text, True)
 
     def _tokens(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Fault]:
+        options = self._options
         try:
-            trained = self._documents(conversation, tokenizer)
+            made = token_rows(
+                conversation,
+                tokenizer=tokenizer,
+                settings=options.settings,
+                mask=options.mask,
+                length=options.length,
+                expand_turns=options.expand_turns,
+            )
         except ValueError as error:
             return [Fault("render", "row", str(error))]
-        faults = [] if trained else [self._nothing_to_train()]
-        count, length = self._lengths[-1], self._options.length  # later turns hold earlier ones
-        if count > length:
-            loses = bool(conversation.messages) and conversation.messages[-1].is_answer
-            self._cut += loses
-            end = "final answer" if loses else "end"
-            text = f"has {count} tokens, {length} fit; it is left out or loses its {end}"
-            faults.append(Fault("cut_off", "row", text, True))
+        for row in made.rows:
+            self._document(row)
+        self._beyond += made.beyond
+        faults = [] if any(row.trained for row in made.rows) else [self._nothing_to_train()]
+        if max(len(row.tokens) for row in made.rows) > options.length:
+            faults.append(self._too_long(conversation, made))
         return faults
 
-    def _documents(self, conversation: Conversation, tokenizer: Tokenizer) -> int:
-        """Note the tokens of the row's documents; returns how many are trained."""
-        options, total = self._options, 0
-        turns = expand_turns(conversation) if options.expand_turns else [conversation]
-        documents = [
-            tokenize(turn, tokenizer=tokenizer, settings=options.settings, mask=options.mask)
-            for turn in turns
-        ]
-        for document in documents:
-            trained, length = document.trained, len(document.tokens)
-            self._lengths.append(length)
-            self._trained.append(trained)
-            self.kept += bool(trained) and length <= options.length
-            total += trained
-        return total
+    def _document(self, row: TokenRow) -> None:
+        """Note the tokens of a document, and what becomes of it."""
+        options = self._options
+        self._lengths.append(len(row.tokens))
+        self._trained.append(row.trained)
+        if fate(row, length=options.length, too_long=options.too_long) not in KEPT:
+            return
+        kept = cut(row, options.length)
+        self._kept.append(len(kept.tokens))
+        self.kept += 1
+        if options.share_beginning:
+            self._beginning.add(kept.tokens, kept.weights)
+
+    def _too_long(self, conversation: Conversation, made: TokenRows) -> Fault:
+        too_long, length = self._options.too_long, self._options.length
+        loses = bool(conversation.messages) and conversation.messages[-1].is_answer
+        self._cut += loses
+        advice = {
+            "leave-out": "it is left out",
+            "truncate": f"it loses its {'final answer' if loses else 'end'}",
+            "error": "shorten it, or choose another length or another way with long rows",
+        }
+        count = max(len(row.tokens) for row in made.rows)
+        what = f"has {'more than ' * bool(made.beyond)}{count} tokens, {length} fit"
+        return Fault("cut_off", "row", f"{what}; {advice[too_long]}", too_long != "error")
 
     def _token_statistics(self, options: TokenOptions) -> dict[str, Any]:
         lengths = np.array(self._lengths, np.int64)
-        kept = lengths[lengths <= options.length]
-        packed = len(first_fit(kept, shuffled(len(kept), 0, 0), options.length))
+        kept = np.array(self._kept, np.int64)
+        packed = len(kept)
+        if options.packing and not options.share_beginning:
+            packed = len(first_fit(kept, shuffled(len(kept), 0, 0), options.length))
         return {
             "tokens": int(lengths.sum()),
             "trained_tokens": sum(self._trained),
             "tokens_per_row": _spread(lengths),
             "trained_tokens_per_row": _spread(np.array(self._trained, np.int64)),
             "length": options.length,
-            "rows_over_length": int((lengths > options.length).sum()),
+            "rows_over_length": int((lengths > options.length).sum()) + self._beyond,
             "rows_with_final_cut_off": self._cut,
             "packed_rows": packed,
             "packing_efficiency": round(int(kept.sum()) / max(packed * options.length, 1), 4),
@@ -152,6 +191,7 @@ class Tally:
             "steps_per_epoch": round(packed / options.rows, 1),
             "mask": options.mask,
             "expand_turns": options.expand_turns,
+            "too_long": options.too_long,
             "settings": dataclasses.asdict(options.settings),
         }
 

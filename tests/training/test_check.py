@@ -291,13 +291,10 @@ def test_tokens_in_numbers(tmp_path, compact):
     assert found["trained_tokens_per_row"]["median"] == trained
     assert found["trained_tokens_per_row"]["max"] == 2 * trained - 1
     assert (found["rows_over_length"], found["rows_with_final_cut_off"]) == (1, 1)
-    assert (found["packed_rows"], found["packing_efficiency"]) == (2, 1.0)
-    assert (found["rows_per_step"], found["steps_per_epoch"]) == (2, 1.0)
+    assert (found["packed_rows"], found["packing_efficiency"]) == (1, 1.0)
+    assert (found["rows_per_step"], found["steps_per_epoch"]) == (2, 0.5)
     assert warnings(report) == [("cut_off", 2), ("nothing_to_train", 3)]
-    assert (
-        f"has {two} tokens, {one} fit; it is left out or loses its final answer"
-        in report.findings[0].text
-    )
+    assert f"has {two} tokens, {one} fit; it is left out" in report.findings[0].text
 
 
 def test_packing_fills_rows(tmp_path, compact):
@@ -319,8 +316,8 @@ def test_the_mask_decides_whether_there_is_anything_to_train(tmp_path, compact):
     }
 
     assert reports["assistant"].passed and reports["final"].passed
-    assert warnings(reports["assistant"]) == []
-    assert warnings(reports["final"]) == [("nothing_to_train", 1)]
+    assert warnings(reports["assistant"]) == [("ends_without_answer", 1)]
+    assert warnings(reports["final"]) == [("ends_without_answer", 1), ("nothing_to_train", 1)]
 
 
 def test_turns_are_counted_one_by_one_if_asked(tmp_path, compact):

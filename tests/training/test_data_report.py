@@ -136,7 +136,7 @@ def test_a_date_is_one_however_it_is_given(compact):
     options.append(from_fields(DataOptions, {"train": ["a"], "date": days[0]}, where="x"))
 
     assert [one.date for one in options] == ["2026-01-02"] * 3
-    with pytest.raises(ValueError, match="current_date: expected YYYY-MM-DD"):
+    with pytest.raises(ValueError, match=r"^date: expected YYYY-MM-DD"):
         DataOptions(train="a", date=datetime.datetime(2026, 1, 2, 3))
 
 

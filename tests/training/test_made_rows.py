@@ -131,7 +131,7 @@ def test_no_held_out_data_in_every_way_to_say_so(none):
 def test_what_is_wrong_is_shown_without_the_rows_beside_it():
     with pytest.raises(ValueError, match=r"^train: expected paths, rows or functions, got none$"):
         DataOptions(train=[None, *[row("a")] * 1000])
-    with pytest.raises(ValueError, match="^eval: expected paths") as raised:
+    with pytest.raises(ValueError, match=r"^eval: expected paths") as raised:
         DataOptions(train="a", eval={"messages": [row("a" * 1000)] * 1000})
     assert len(str(raised.value)) < 1000
 
