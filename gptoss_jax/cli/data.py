@@ -7,14 +7,16 @@ learns of it marked.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptoss_jax.cli.chat import Builtins
 from gptoss_jax.cli.info import console
 from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import print_json, printable, write
@@ -22,10 +24,12 @@ from gptoss_jax.cli.values import CheckpointName, Flag, Group, Text
 from gptoss_jax.folders import checkpoint_folder
 
 if TYPE_CHECKING:
+    from gptoss_jax.finetuning.options import FinetuneRun
     from gptoss_jax.harmony import SystemSettings, Tokenizer
     from gptoss_jax.training.check import Report
     from gptoss_jax.training.masks import TokenRow
     from gptoss_jax.training.sources import SourceRow
+    from gptoss_jax.training.tally import TokenOptions
 
 NOT_FOUND = 2  # as wherever a file is missing
 WARNINGS_SHOWN = 10  # of a kind; errors are shown all
@@ -47,6 +51,10 @@ class CheckOptions:
     """Packed rows of a step."""
     expand_turns: Flag = False
     """Count a document for each turn, so that the reasoning of all is learnt."""
+    too_long: Literal["leave-out", "truncate", "error"] = "leave-out"
+    """What becomes of a document with more tokens than --length."""
+    share_beginning: Flag = False
+    """All documents begin alike, and that is run once a step."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +74,9 @@ class Data:
 
     what: tyro.conf.Positional[Annotated[Literal["check", "show"], tyro.conf.arg(metavar="WHAT")]]
     """check: everything wrong at once, and statistics. show: one row as tokens with their mask."""
-    paths: tyro.conf.Positional[Annotated[list[str], PATHS]]
+    paths: tyro.conf.Positional[Annotated[list[str], PATHS]] = dataclasses.field(
+        default_factory=list
+    )
     """Files (.jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet), folders, globs or fsspec URLs."""
     mask: Literal["assistant", "final", "analysis+final", "last-turn"] = "assistant"
     """What of the assistant's messages is learnt."""
@@ -74,6 +84,13 @@ class Data:
     """Reasoning effort of rows that name none."""
     date: Text = None
     """YYYY-MM-DD that the system message says; without it, it says none."""
+    builtin_tools: Builtins = dataclasses.field(default_factory=list)
+    """Tools of the model's own that the system message offers."""
+    of: Annotated[str | None, tyro.conf.arg(name="run", metavar="RUN", help_behavior_hint="")] = (
+        None
+    )
+    """A TOML file of `gptoss finetune`, or the folder of its run: what its [data] says, and its
+    checkpoint, instead of the options here. Without a PATH, its files."""
     checkpoint: CheckpointName = None
     """The checkpoint whose vocabulary is meant; without it the published one."""
     checking: Group[CheckOptions] = dataclasses.field(default_factory=CheckOptions)
@@ -88,8 +105,10 @@ class Data:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the arguments."""
-        if not self.paths:
-            yield "PATH: expected at least one file or folder, got none; name one"
+        if not self.paths and self.of is None:
+            yield "PATH: expected at least one file or folder, got none; name one, or a --run"
+        if self.of is not None:
+            yield from self.beside_a_run()
         numbers = {
             "length": self.checking.length,
             "rows": self.checking.rows,
@@ -103,20 +122,60 @@ class Data:
         if self.date is not None and not is_date(self.date):
             yield f"--date: expected YYYY-MM-DD, got {self.date!r}"
 
-    def check(self) -> int:
-        from gptoss_jax.training.check import check
+    def beside_a_run(self) -> Iterator[str]:
+        """Options that the run decides."""
+        for options, names in (
+            (self, ("mask", "effort", "date", "builtin_tools")),
+            (self.checking, ("length", "rows", "expand_turns", "too_long", "share_beginning")),
+        ):
+            plain = type(options)() if options is self.checking else Data(what=self.what, paths=[])
+            for name in names:
+                value = getattr(options, name)
+                if value != getattr(plain, name):
+                    option = name.replace("_", "-")
+                    yield (
+                        f"--{option}: expected none beside --run, which has data.{name}, got "
+                        f"{value}; set it there"
+                    )
+
+    @functools.cached_property
+    def finetune_run(self) -> "FinetuneRun | None":
+        """The run whose data it is."""
+        from gptoss_jax.cli.finetune import Finetune
+
+        return None if self.of is None else Finetune(config=self.of).read()
+
+    def train_and_held_out(self) -> tuple[Sequence[str], Sequence[str]]:
+        """The paths that are meant."""
+        run = self.finetune_run
+        return (self.paths, ()) if self.paths or run is None else (run.data.train, run.data.eval)
+
+    def token_options(self, tokenizer: "Tokenizer | None") -> "TokenOptions":
         from gptoss_jax.training.tally import TokenOptions
 
+        if self.finetune_run is not None:
+            from gptoss_jax.training.data import token_options
+
+            return token_options(self.finetune_run.data, tokenizer)
         options = self.checking
-        tokens = TokenOptions(
-            tokenizer=None if options.no_tokens else self.tokenizer(),
+        return TokenOptions(
+            tokenizer=tokenizer,
             settings=self.settings(),
             mask=self.mask,
             length=options.length,
             rows=options.rows,
             expand_turns=options.expand_turns,
+            too_long=options.too_long,
+            share_beginning=options.share_beginning,
         )
-        report = check(self.paths, profile=options.profile, tokens=tokens)
+
+    def check(self) -> int:
+        from gptoss_jax.training.check import check
+
+        profile = self.checking.profile
+        tokens = self.token_options(None if self.checking.no_tokens else self.tokenizer())
+        paths, held_out = self.train_and_held_out()
+        report = check(paths, held_out=held_out, profile=profile, tokens=tokens)
         if self.output.json:
             print_json(report.as_json())
         else:
@@ -137,10 +196,12 @@ class Data:
             conversation = conversation_of(source.fields)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        tokenizer, settings = self.tokenizer(), self.settings()
-        row = tokenize(conversation, tokenizer=tokenizer, settings=settings, mask=self.mask)
-        effort = conversation.effort or self.effort
-        facts = {"path": source.path, "line": source.line, "mask": self.mask, "effort": effort}
+        tokenizer = self.tokenizer()
+        options = self.token_options(tokenizer)
+        settings, mask = options.settings, options.mask
+        row = tokenize(conversation, tokenizer=tokenizer, settings=settings, mask=mask)
+        effort = conversation.effort or settings.reasoning_effort
+        facts = {"path": source.path, "line": source.line, "mask": mask, "effort": effort}
         if self.output.json:
             tokens, weights = row.tokens.tolist(), row.weights.tolist()
             texts = [tokenizer.token_text(token) for token in tokens]
@@ -150,21 +211,20 @@ class Data:
         share = row.trained / len(row.tokens)
         print(
             f"\n{where}: {len(row.tokens)} tokens, {row.trained} learnt ({share:.1%}); "
-            f"mask {self.mask}, effort {effort}, date {self.date or 'none'}"
+            f"mask {mask}, effort {effort}, date {settings.current_date or 'none'}"
         )
         return 0
 
     def source(self) -> "SourceRow":
         from gptoss_jax.training.sources import read_rows
 
-        number = 0
-        for number, source in enumerate(read_rows(self.paths), start=1):
+        number, (paths, _) = 0, self.train_and_held_out()
+        for number, source in enumerate(read_rows(paths), start=1):
             if number == self.showing.row:
                 return source
         if number == 0:
             raise ValueError(
-                f"PATH: expected at least one row, got none in {', '.join(self.paths)}; check the "
-                "files"
+                f"PATH: expected at least one row, got none in {', '.join(paths)}; check the files"
             )
         raise ValueError(
             f"--row: expected 1 to {number}, got {self.showing.row}; there are no more rows"
@@ -173,18 +233,19 @@ class Data:
     def tokenizer(self) -> "Tokenizer":
         from gptoss_jax.harmony import Tokenizer
 
-        if self.checkpoint is None:
+        if self.checkpoint is None and self.finetune_run is None:
             return Tokenizer.published()
         from gptoss_jax.weights.checkpoint import open_checkpoint
 
-        folder = checkpoint_folder(self.checkpoint)
+        of_run = self.finetune_run and self.finetune_run.model.checkpoint
+        folder = checkpoint_folder(self.checkpoint or of_run)
         size = open_checkpoint(folder).config.vocab_size
         found = Tokenizer.from_folder(folder).trimmed_to(size)
         if found.vocab_size > size:
             whose = "the published one, as it declares none" if found.is_published else "its own"
             raise ValueError(
                 f"--checkpoint: expected a vocabulary of at most V={size} ids for "
-                f"{self.checkpoint}, got {whose}, of {found.vocab_size}; a checkpoint that was "
+                f"{folder}, got {whose}, of {found.vocab_size}; a checkpoint that was "
                 "written with its tokenizer has gptoss_jax_tokenizer.json"
             )
         return found
@@ -192,7 +253,11 @@ class Data:
     def settings(self) -> "SystemSettings":
         from gptoss_jax.harmony import SystemSettings
 
-        return SystemSettings(reasoning_effort=self.effort, current_date=self.date)
+        return SystemSettings(
+            reasoning_effort=self.effort,
+            current_date=self.date,
+            builtin_tools=tuple(dict.fromkeys(self.builtin_tools)),
+        )
 
 
 @dataclass(kw_only=True)

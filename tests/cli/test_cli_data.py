@@ -189,7 +189,7 @@ def test_a_terminal_gets_colours(gptoss, file, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["check"], "PATH: expected at least one file or folder, got none"),
+        (["check"], "PATH: expected at least one file or folder, got none; name one, or a --run"),
         (["check", "gone.jsonl", "--length", "0"], "--length: expected at least 1, got 0"),
         (["show", "gone.jsonl"], "gone.jsonl: expected a file of rows, got none"),
         (["show", "FILE", "--row", "9"], "--row: expected 1 to 3, got 9"),
@@ -225,6 +225,75 @@ def test_an_option_of_the_other_is_a_mistake(gptoss, what, option):
 
     assert (status, out) == (2, "")
     assert err.startswith("gptoss: ") and option in err and f"gptoss data {what} --help" in err
+
+
+def run_file(folder, **data):
+    """A run of the bundled model; `data` are fields of its [data], beside small ones."""
+    fields = {"length": 256, "rows": 2, "mask": "final", "effort": "low"} | data
+    lines = [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
+    path = folder / "run.toml"
+    table = f'output = "{folder / "out"}"\n[lora]\nrank = 2\n[optimisation]\nsteps = 1\n'
+    path.write_text(f"{table}learning_rate = 1e-3\n[data]\n" + "\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_a_run_says_which_data_and_how(gptoss, file, tmp_path):
+    rows = file(GOOD, {**GOOD, "messages": GOOD["messages"][1:]})
+    (tmp_path / "held.jsonl").write_text(json.dumps(GOOD) + "\n")
+    toml = run_file(tmp_path, train=rows, eval=str(tmp_path / "held.jsonl"))
+
+    status, out, err = gptoss("check", "--run", toml, "--json")
+    shown = gptoss("show", "--run", toml)[1]
+    other = gptoss("check", str(tmp_path / "held.jsonl"), "--run", toml, "--json")[1]
+
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert [facts["rows"] for facts in found["files"]] == [2, 1]
+    assert [finding["kind"] for finding in found["findings"]] == ["duplicate"]
+    statistics = found["statistics"]
+    assert (statistics["length"], statistics["rows_per_step"], statistics["mask"]) == (
+        256,
+        2,
+        "final",
+    )
+    assert statistics["settings"]["reasoning_effort"] == "low"
+    assert "mask final, effort low, date none" in shown
+    assert [facts["path"] for facts in json.loads(other)["files"]] == [str(tmp_path / "held.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ({"length": 20}, "expected rows to train on, got 1 rows"),
+        ({"length": 50, "too_long": "error"}, "50 fit; shorten it"),
+        ({"share_beginning": True, "length": 256}, "share_beginning: expected rows that all begin"),
+    ],
+)
+def test_what_finetune_refuses_check_refuses(gptoss, file, tmp_path, data, found):
+    rows = file(GOOD) if "share_beginning" not in data else file(GOOD, {"text": "Once upon."})
+    toml = run_file(tmp_path, train=rows, **data)
+
+    checked, refused = gptoss("check", "--run", toml), cli.run(("finetune", toml))
+
+    assert (checked[0], refused) == (1, 2)
+    assert found in checked[1]
+
+
+@pytest.mark.parametrize("option", [("--mask", "final"), ("--length", "9"), ("--share-beginning",)])
+def test_what_a_run_decides_is_not_said_beside_it(gptoss, tmp_path, option):
+    status, _, err = gptoss("check", "--run", run_file(tmp_path, train="a"), *option)
+
+    assert status == 2
+    assert f"{option[0]}: expected none beside --run, which has data." in err
+
+
+def test_long_rows_and_builtin_tools_are_those_of_the_options(gptoss, file):
+    path = file(GOOD)
+    small = ("check", path, *TINY, "--length", "50")
+
+    assert gptoss(*small, "--too-long", "truncate", "--mask", "final")[0] == 1
+    assert gptoss(*small, "--too-long", "error")[0] == 1
+    assert "## python" in gptoss("show", path, *TINY, "--builtin-tools", "python")[1]
 
 
 def test_an_answer_in_history_is_shown_without_its_end_learnt(gptoss, file):

@@ -154,5 +154,5 @@ def test_a_run_file_names_one_path_or_a_list():
 
     assert read == [("a",), ("a",)]
     assert json.dumps(read) == '[["a"], ["a"]]'
-    with pytest.raises(ValueError, match="train: expected paths, rows or functions, got \\(5,\\)"):
+    with pytest.raises(ValueError, match=r"train: expected paths, rows or functions, got 5$"):
         from_fields(DataOptions, {"train": 5}, where="x")
