@@ -188,14 +188,17 @@ def _calls(where: str, fields: Mapping[str, Any], problems: list[Problem]) -> di
 def _with_text_arguments(where: str, call: Any, problems: list[Problem]) -> Any:
     """A call whose arguments are JSON text, as they are where they were text already."""
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), dict):
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if arguments == []:  # an object without members, to writers that know lists alone
+        arguments = {}
+    if not isinstance(arguments, dict) or not isinstance(function, Mapping):
         return call
     try:
-        text = _write_json(function["arguments"])
+        text = _write_json(arguments)
     except (TypeError, ValueError, RecursionError) as error:
         expected, advice = f"JSON values ({error})", "JSON has no NaN, Infinity and bytes"
         at = f"{where}.function.arguments"
-        problems.append(problem(at, expected, function["arguments"], advice))
+        problems.append(problem(at, expected, arguments, advice))
         text = ""
     return {**call, "function": {**function, "arguments": text}}
 

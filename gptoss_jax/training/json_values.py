@@ -10,6 +10,17 @@ import decimal
 import uuid
 from typing import Any
 
+
+class Unheld:
+    """In the place of a value that Python cannot hold, as a date beyond the year 9999."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"what Python cannot hold ({self.reason})"
+
+
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
@@ -20,8 +31,6 @@ def json_value(value: Any) -> Any:
         return value
     if kind is dict:
         return {key: json_value(inner) for key, inner in value.items() if inner is not None}
-    if kind is list and value and type(value[0]) is tuple:  # a map of Arrow's
-        return {written(key): json_value(inner) for key, inner in value if inner is not None}
     if kind is list:
         return [json_value(inner) for inner in value]
     return written(value)

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from gptoss_jax.training.json_values import json_value
+from gptoss_jax.training.json_values import Unheld, json_value, written
 from gptoss_jax.training.made_rows import MadeRows, NamedRows, is_function
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
@@ -362,26 +362,50 @@ def _parquet_rows(path: str, file: Any) -> Iterator[SourceRow]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE):
             for row in _values(batch):
                 number += 1
-                if isinstance(row, dict):
-                    yield SourceRow(path, number, row)
-                else:
-                    yield SourceRow(path, number, None, row)
+                yield SourceRow(path, number, row)
     except (pyarrow.ArrowException, OSError) as error:
         yield SourceRow(path, number + 1, None, _not_parquet(error))
 
 
-def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch, each as JSON values or as what is wrong with it."""
+def _values(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as JSON values; what Python cannot hold is Unheld."""
+    names = batch.schema.names
+    columns = [_held(column) for column in batch.columns]
+    for at, kind in enumerate(batch.schema.types):
+        if _has_map(kind):
+            columns[at] = [_objects(kind, value) for value in columns[at]]
+    for values in zip(*columns, strict=True) if columns else ():
+        yield json_value(dict(zip(names, values, strict=True)))
+
+
+def _held(column: Any) -> list[Any]:
+    """The values of a column, one by one where they cannot be had together."""
     try:
-        for fields in batch.to_pylist():
-            yield json_value(fields)
-        return
-    except (ValueError, OverflowError) as error:  # a date that Python does not have, say
-        if len(batch) == 1:
-            yield f"expected values that Python has, got {str(error)!r}; correct or leave it out"
-            return
-    for index in range(len(batch)):
-        yield from _values(batch.slice(index, 1))
+        return column.to_pylist()
+    except (ValueError, OverflowError, LookupError, ImportError) as error:  # a date beyond 9999
+        if len(column) == 1:
+            return [Unheld(str(error).partition("\n")[0])]
+        return [value for at in range(len(column)) for value in _held(column.slice(at, 1))]
+
+
+def _objects(kind: Any, value: Any) -> Any:
+    """A value of an Arrow type with an object for each of its maps, which are lists of pairs.
+
+    Without the type an empty one looks like an empty list.
+    """
+    if type(value) is list and hasattr(kind, "item_type"):
+        return {written(key): _objects(kind.item_type, inner) for key, inner in value}
+    if type(value) is list and hasattr(kind, "value_type"):
+        return [_objects(kind.value_type, inner) for inner in value]
+    if type(value) is dict:
+        return {field.name: _objects(field.type, value[field.name]) for field in kind}
+    return value
+
+
+def _has_map(kind: Any) -> bool:
+    """Whether values of an Arrow type hold a map."""
+    inside = [kind.field(at).type for at in range(kind.num_fields)]
+    return hasattr(kind, "item_type") or any(map(_has_map, inside))
 
 
 def _not_parquet(error: Exception) -> str:

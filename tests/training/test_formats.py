@@ -245,6 +245,10 @@ GOOD = {
         {"prompt": calling({"city": "Paris"})[:2], "completion": calling({})[2:], "tools": TOOLS},
         Conversation(CALLED, (0.0, 0.0, 0.0, 0.0, 1.0), WEATHER),
     ),
+    "call without arguments": (
+        {"messages": calling([]), "tools": TOOLS},
+        Conversation((*CALLED[:2], call("weather", "{}"), *CALLED[3:]), CALLS.weights, WEATHER),
+    ),
     "text": ({"text": "Once."}, Conversation(text="Once.")),
     "conversation-of-roles": ({"conversation": [ASK, TELL], "model": "m"}, SUM),
     "conversations-of-roles": ({"conversations": [ASK, TELL], "system": "Brief."}, BRIEF_SUM),

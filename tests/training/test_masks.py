@@ -12,6 +12,7 @@ from harmony_oracle import as_documented, library_conversation
 
 from gptoss_jax.harmony import Message, SystemSettings, Tokenizer, render_prompt, render_training
 from gptoss_jax.training.conversations import Conversation
+from gptoss_jax.training.fates import token_rows
 from gptoss_jax.training.masks import MASKS, expand_turns, tokenize, turns
 
 SETTINGS = SystemSettings(reasoning_effort="low", current_date="2025-08-05")
@@ -455,3 +456,40 @@ def test_rows_with_nothing_to_train_say_so(compact):
 def test_wrong_arguments_are_refused(conversation, mask, message, compact):
     with pytest.raises(ValueError, match=message):
         tokenize(conversation, tokenizer=compact, settings=SETTINGS, mask=mask)
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_turns_that_cannot_fit_are_counted_and_every_other_is_made(compact, mask, thinks):
+    """Held against the documents of all turns, made one by one."""
+    rows, weights = [], []
+    for number in range(12):
+        long = "word " * 60 if number in (2, 7) else "a"
+        reasoning = [Message("assistant", long, "analysis")] * thinks
+        answer = Message("assistant", "b" if thinks else long, "final")
+        turn = [Message("user", "q"), *reasoning, answer]
+        rows += turn
+        weights += [float(number != 4)] * len(turn)
+    conversation = Conversation(tuple(rows), tuple(weights))
+    settings = SystemSettings()
+    all_of_them = [
+        tokenize(one, tokenizer=compact, settings=settings, mask=mask).tokens.tolist()
+        for one in expand_turns(conversation)
+    ]
+    stopped = set()
+    for length in range(60, 400, 9):
+        made = token_rows(
+            conversation,
+            tokenizer=compact,
+            settings=settings,
+            mask=mask,
+            length=length,
+            expand_turns=True,
+        )
+
+        tokens = [row.tokens.tolist() for row in made.rows]
+        assert tokens == all_of_them[: len(tokens)]
+        assert len(tokens) + made.beyond == len(all_of_them) == 11
+        assert all(len(row) > length for row in all_of_them[len(tokens) :])
+        stopped.add(made.beyond > 0)
+    assert True in stopped

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gptoss_jax.training.formats import conversation_of
 from gptoss_jax.training.sources import digest, files_of, parquet_header, read_rows
 
 ROWS = [
@@ -277,18 +278,47 @@ def test_a_map_of_arrow_is_an_object(tmp_path):
     assert [row.fields for row in rows] == [{"days": {"a": "2025-03-01"}}, {}]
 
 
-def test_a_date_that_python_does_not_have_is_an_error_of_its_row(tmp_path):
-    seconds = pyarrow.array([0, 2**40, 86400], pyarrow.timestamp("s"))
-    pyarrow.parquet.write_table(pyarrow.table({"at": seconds}), tmp_path / "rows.parquet")
+UNHELD = {
+    "a date beyond the year 9999": pyarrow.array([0, 10**7, 1], pyarrow.date32()),
+    "seconds beyond it": pyarrow.array([0, 2**40, 86400], pyarrow.timestamp("s")),
+    "seconds within a struct": pyarrow.array(
+        [{"a": [0]}, {"a": [2**40]}, None],
+        pyarrow.struct([("a", pyarrow.list_(pyarrow.timestamp("s")))]),
+    ),
+    "a time zone that nobody knows": pyarrow.array(
+        [None, 1, None], pyarrow.timestamp("s", tz="Nowhere/X")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNHELD)
+def test_what_python_cannot_hold_is_an_error_only_of_whom_it_is_for(tmp_path, name):
+    texts = pyarrow.array(["a", "b", "c"])
+    table = pyarrow.table({"text": texts, "at": UNHELD[name]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
 
     rows = list(read_rows(str(tmp_path / "rows.parquet")))
 
-    assert [row.line for row in rows] == [1, 2, 3]
-    assert [row.fields for row in rows if not row.error] == [
-        {"at": "1970-01-01T00:00:00"},
-        {"at": "1970-01-02T00:00:00"},
-    ]
-    assert rows[1].error.startswith("expected values that Python has, got ")
+    assert [row.error for row in rows] == [None] * 3
+    assert [conversation_of(row.fields).text for row in rows] == ["a", "b", "c"]
+    assert repr(rows[1].fields["at"]).startswith("what Python cannot hold (")
+    assert "cannot hold" not in f"{rows[0].fields} {rows[2].fields}"
+    with pytest.raises(ValueError, match=r"messages: expected a list .* Python cannot hold \("):
+        conversation_of({"messages": rows[1].fields["at"]})
+
+
+def test_an_empty_map_of_arrow_is_an_empty_object(tmp_path):
+    text = pyarrow.string()
+    arguments = pyarrow.map_(text, pyarrow.map_(text, text))
+    kind = pyarrow.list_(pyarrow.struct([("arguments", arguments), ("list", pyarrow.list_(text))]))
+    calls = [[{"arguments": [], "list": []}, {"arguments": [("a", []), ("b", [("c", "d")])]}], None]
+    table = pyarrow.table({"calls": pyarrow.array(calls, kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+
+    rows = list(read_rows(str(tmp_path / "rows.parquet")))
+
+    made = [{"arguments": {}, "list": []}, {"arguments": {"a": {}, "b": {"c": "d"}}}]
+    assert [row.fields for row in rows] == [{"calls": made}, {}]
 
 
 def test_folders_that_hold_rows_in_another_way_are_told_apart(tmp_path):
