@@ -171,7 +171,9 @@ def _plain(text: str, kinds: Sequence[Any]) -> Any:
 
 def fields_list(kind: Any) -> list[dict[str, str]]:
     """The name, kind and default of each field of a dataclass and those nested in it, in words."""
-    found = [(path, _kind_of(field, hint), _default(field)) for path, hint, field in fields_of(kind)]
+    found = [
+        (path, _kind_of(field, hint), _default(field)) for path, hint, field in fields_of(kind)
+    ]
     return [dict(zip(("name", "kind", "default"), row, strict=True)) for row in found if row[1]]
 
 

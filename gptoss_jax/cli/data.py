@@ -128,7 +128,7 @@ class Data:
             (self, ("mask", "effort", "date", "builtin_tools")),
             (self.checking, ("length", "rows", "expand_turns", "too_long", "share_beginning")),
         ):
-            plain = type(options)() if options is self.checking else Data(what=self.what, paths=[])
+            plain = CheckOptions() if options is self.checking else Data(what=self.what)
             for name in names:
                 value = getattr(options, name)
                 if value != getattr(plain, name):
