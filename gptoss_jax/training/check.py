@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.training.formats import Format, RowProblems, conversation_of, recognise
-from gptoss_jax.training.made_rows import MadeRows
+from gptoss_jax.training.made_rows import MadeRows, NothingThereError
 from gptoss_jax.training.profiles import PROFILES, Fault, Harmony
 from gptoss_jax.training.sources import (
     SourceRow,
@@ -160,9 +160,8 @@ class _Run:
         try:
             facts["bytes"] = size_of(path)
         except ValueError as error:  # there is no such function, or it fails
-            facts["errors"] += self.add(
-                path, None, [Fault("unreadable", "", _without(path, error))]
-            )
+            kind = "found" if isinstance(error, NothingThereError) else "unreadable"
+            facts["errors"] += self.add(path, None, [Fault(kind, "", _without(path, error))])
             return
         faults = list(_file_faults(path, facts["bytes"], rules))
         is_wrong = any(not fault.is_warning for fault in faults)

@@ -128,7 +128,7 @@ class NamedRows(MadeRows):
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ValueError(
+            raise NothingThereError(
                 f"{self}: expected a file of rows, or a function that makes rows, got neither "
                 f"({error}); start where its module is, or set PYTHONPATH"
             ) from error
@@ -137,6 +137,10 @@ class NamedRows(MadeRows):
                 f"{self}: expected a module that can be imported, got {type(error).__name__}: "
                 f"{error}; correct {module}"
             ) from error
+
+
+class NothingThereError(ValueError):
+    """There is neither a file nor Python of this name."""
 
 
 class _NotRowsError(ValueError):

@@ -268,5 +268,5 @@ def test_a_function_that_is_not_there_is_an_error_of_both(compact):
 
     report = check(["no_such_module:rows", str(Path(__file__).parent / "none.jsonl")])
 
-    assert report.kinds["error"] == {"unreadable": 1, "found": 1}
+    assert report.kinds["error"] == {"found": 2}
     assert report.findings[0].text.startswith("expected a file of rows, or a function that makes")
