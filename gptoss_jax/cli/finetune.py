@@ -30,6 +30,7 @@ TO_BE_RESUMED = 75  # sysexits' EX_TEMPFAIL: the same command goes on with the r
 FIELDS = {
     "path": "model.checkpoint",
     "folder": "model.checkpoint",
+    "adapter": "model.adapter",
     "dtype": "model.dtype",
     "experts": "model.experts",
     "trace": "watch.trace",

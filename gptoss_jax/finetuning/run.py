@@ -22,7 +22,7 @@ import numpy as np
 from gptoss_jax.distributed import agree, is_first, of_first, together
 from gptoss_jax.finetuning import result as results
 from gptoss_jax.finetuning import resume
-from gptoss_jax.finetuning.options import FinetuneRun
+from gptoss_jax.finetuning.options import FinetuneRun, run_of
 from gptoss_jax.finetuning.watching import hooks_of, made_hooks
 from gptoss_jax.folders import checkpoint_folder, user_folder
 from gptoss_jax.generation import tokenizer_of
@@ -65,18 +65,32 @@ class Finetuned:
         return f"<Finetuned: {_ending(self)}>"
 
 
+AnyRun = FinetuneRun | Mapping[str, Any] | str | os.PathLike  # what options.run_of takes
+
+
 def finetune(
-    run: FinetuneRun, *, say: Callable[[str], None] = print, accept_changes: bool = False
+    run: AnyRun, *, say: Callable[[str], None] = print, accept_changes: bool = False
 ) -> Finetuned:
     """Do what the run says, or go on with it where its folder has it.
 
+        rows = [{"prompt": "What is 17-9?", "completion": "8"}, ...]
+        run = FinetuneRun(
+            output="runs/mine",
+            data={"train": rows, "rows": 4, "length": 256},
+            lora={"rank": 8, "targets": ["attn.*", "moe.*"]},
+            optimisation={"steps": 50, "learning_rate": 1e-3},
+        )
+        tuned = finetune(run)                   # then chat(tuned.model, ...), load(adapter=...)
+
+    The run may be a mapping of its fields, too, or the path of a TOML file.
     A run that was stopped goes on where it was, if `resume.check` finds that its options have
     trained what is there; with `accept_changes` other rates count from there on. The result is
     written last, and is whole or is not there. Raises ValueError if something in the run cannot
     be, with all row errors of the data at once, or if another run writes to the folder; and
     FloatingPointError where the loss stops being finite. In several processes all of them call it.
     """
-    say, given = of_first(say), run
+    run = given = run_of(run)
+    say = of_first(say)
     plan = together(lambda: _planned(run), "run")
     with _store(run, plan, say) as store:
         store.lock()
@@ -127,13 +141,13 @@ def finetune(
     return finetuned
 
 
-def export_step(run: FinetuneRun, step: int, *, say: Callable[[str], None] = print) -> Path:
+def export_step(run: AnyRun, step: int, *, say: Callable[[str], None] = print) -> Path:
     """Write the adapter, or the model, of a checkpoint that a run has kept, beside its result.
 
     Trains nothing, and needs no data. Raises ValueError if there is no such checkpoint, or if it
     is not of this run.
     """
-    say = of_first(say)
+    run, say = run_of(run), of_first(say)
     plan = together(lambda: _planned(run, data=False), "run")
     store = _store(run, plan, say)
     if step not in store.steps():
@@ -385,6 +399,8 @@ def _finetuned(run, plan, outcome: Outcome, store, base, facts, say) -> Finetune
     if outcome.interrupted or outcome.failed or not outcome.step:
         return Finetuned(outcome, None, outcome.step)
     folder, best = results.folder_of(run, plan.folder), outcome.best if run.wants_best else None
+    if run.wants_best and best is None:
+        say("result: nothing was measured that the best could be chosen by: it is of the last step")
     last = results.record_of(outcome.step, None, facts)
     if best is None or best.step == outcome.step:
         record = last | {"metric": best and best.metric}

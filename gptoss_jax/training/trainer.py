@@ -24,7 +24,7 @@ from flax import nnx
 from gptoss_jax.distributed import everyones, is_first, of_first
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.hooks import EarlyStopping, Hook, Metrics, Run, give_states, named
-from gptoss_jax.training.metrics import as_number, plain_metrics, step_metrics
+from gptoss_jax.training.metrics import as_number, plain_metrics, plain_state, step_metrics
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.signals import SafeStop
 from gptoss_jax.training.step import AnyBatch, Kind, Numbers, Step, StepOptions, TrainState
@@ -314,7 +314,9 @@ class _Loop:
             "data": self.position,
             "counters": {"tokens": run.tokens, "trained_tokens": run.trained_tokens}
             | _of_first_process({"seconds": round(run.seconds, 1)}),
-            "hooks": {name: hook.get_state() for name, hook in self.hooks.items()},
+            "hooks": {
+                name: plain_state(name, hook.get_state()) for name, hook in self.hooks.items()
+            },
             "metrics": _of_first_process(run.metrics),
             "evaluation": _of_first_process(self.evaluated),
             "evaluated_at": self.evaluated_at,

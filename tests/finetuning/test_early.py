@@ -160,4 +160,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     assert tuned.model.blocks[0].attn.q.adapter is not None
     fields["data"]["train"] = rows[1:]
     with pytest.raises(ValueError, match="expected the rows with which the run began"):
-        gj.finetune(gj.FinetuneRun(**fields))
+        gj.finetune(fields)
+    for wrong in (3, None, tmp_path / "none.toml"):
+        with pytest.raises(ValueError, match="expected a"):
+            gj.finetune(wrong)
