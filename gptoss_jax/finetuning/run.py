@@ -89,8 +89,11 @@ def finetune(
     be, with all row errors of the data at once, or if another run writes to the folder; and
     FloatingPointError where the loss stops being finite. In several processes all of them call it.
     """
-    run = given = run_of(run)
-    say = of_first(say)
+    return _finetune(run_of(run), of_first(say), accept_changes)
+
+
+def _finetune(run: FinetuneRun, say: Callable[[str], None], accept_changes: bool) -> Finetuned:
+    given = run
     plan = together(lambda: _planned(run), "run")
     with _store(run, plan, say) as store:
         store.lock()
@@ -147,7 +150,10 @@ def export_step(run: AnyRun, step: int, *, say: Callable[[str], None] = print) -
     Trains nothing, and needs no data. Raises ValueError if there is no such checkpoint, or if it
     is not of this run.
     """
-    run, say = run_of(run), of_first(say)
+    return _export_step(run_of(run), step, of_first(say))
+
+
+def _export_step(run: FinetuneRun, step: int, say: Callable[[str], None]) -> Path:
     plan = together(lambda: _planned(run, data=False), "run")
     store = _store(run, plan, say)
     if step not in store.steps():
@@ -401,9 +407,9 @@ def _finetuned(run, plan, outcome: Outcome, store, base, facts, say) -> Finetune
     folder, best = results.folder_of(run, plan.folder), outcome.best if run.wants_best else None
     if run.wants_best and best is None:
         say("result: nothing was measured that the best could be chosen by: it is of the last step")
-    last = results.record_of(outcome.step, None, facts)
+    last: dict[str, Any] = results.record_of(outcome.step, None, facts)
     if best is None or best.step == outcome.step:
-        record = last | {"metric": best and best.metric}
+        record = results.record_of(outcome.step, best and best.metric, facts)
     else:
         record = results.record_of(best.step, best.metric, facts)
         if store.is_sound(best.step):
@@ -416,7 +422,7 @@ def _finetuned(run, plan, outcome: Outcome, store, base, facts, say) -> Finetune
             record = last
     if not together(lambda: results.is_written(folder, record), "result"):
         results.write(run, outcome.model, folder, record, base=base, say=say)
-    return Finetuned(outcome, folder, int(record["step"]))
+    return Finetuned(outcome, folder, record["step"])
 
 
 def _of_step(outcome: Outcome, store: CheckpointStore, step: int) -> Outcome:
