@@ -88,11 +88,13 @@ class MetricsFile(Reporter):
     """`metrics.jsonl` in the output folder: a line of JSON for each step and each evaluation.
 
     NaN and infinity, which JSON does not have, are null. Where a run is taken up again, lines of
-    later steps than that are dropped. A file that cannot be opened is an error.
+    later steps than that are dropped, and an evaluation that is made up for at each start of a run
+    that has ended stands there once. A file that cannot be opened is an error.
     """
 
     def __init__(self):
         self.file: io.FileIO | None = None
+        self.last = b""  # line
 
     def on_start(self, run: Run) -> None:
         together(lambda: self._open(run) if is_first() else None, "metrics file")
@@ -101,6 +103,7 @@ class MetricsFile(Reporter):
         self.check(run.folder)
         path = _folder(run.folder, "metrics file") / "metrics.jsonl"
         drop_later_lines(path, run.step)
+        self.last = b"".join(path.read_bytes().splitlines(keepends=True)[-1:])
         self.file = io.FileIO(path, "a")  # nothing is held back: a line is there, or is not
 
     def check(self, folder: Path | None) -> None:
@@ -109,7 +112,10 @@ class MetricsFile(Reporter):
     def write(self, step: int, metrics: Metrics) -> None:
         assert self.file is not None
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        _append(self.file, json.dumps({"step": step, **finite}).encode() + b"\n")
+        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        if line != self.last:
+            _append(self.file, line)
+        self.last = line
 
     def close(self) -> None:
         if self.file is not None:

@@ -508,3 +508,19 @@ def test_what_a_hook_cannot_keep(state, said):
         plain_state("Mine", state)
 
     assert said in str(caught.value)
+
+
+def test_an_evaluation_that_is_made_up_for_stands_there_once(run, tmp_path):
+    """At every start of a run that was stopped in its last evaluation."""
+    for start in range(3):
+        run.step, file = (4 if start else 0), MetricsFile()
+        file.on_start(run)
+        if not start:
+            steps(run, file, 3, 4)
+        run.evaluation = {"held_out_loss": 2.5}
+        file.on_eval(run)
+        file.on_stop(run)
+
+    lines = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 4, 4]
+    assert lines[-1] == {"step": 4, "held_out_loss": 2.5}
