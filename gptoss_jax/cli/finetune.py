@@ -38,6 +38,9 @@ FIELDS = {
     **{name: f"lora.{name}" for name in ("targets", "ranks", "alphas")},
 }
 
+# What may be allowed where a model is only used; training on needs the base itself.
+ANY_BASE = "load that base, or allow any base if the weights are the same in another form"
+
 Overrides = Annotated[
     list[str],
     tyro.conf.Positional,
@@ -151,7 +154,7 @@ class Finetune:
             with others_on_stderr(self.output.json):
                 return action()
         except ValueError as error:
-            text = renamed(str(error), FIELDS)
+            text = renamed(str(error).replace(ANY_BASE, "give that base"), FIELDS)
             if text == str(error):
                 raise
             raise ValueError(text) from error

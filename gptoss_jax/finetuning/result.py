@@ -18,7 +18,7 @@ from gptoss_jax.finetuning.options import FinetuneRun
 from gptoss_jax.generation import tokenizer_of
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.manifest import flush_folder
-from gptoss_jax.weights.adapters import Base, open_adapter, save_adapter
+from gptoss_jax.weights.adapters import RESULT, Base, open_adapter, save_adapter
 from gptoss_jax.weights.export import export
 from gptoss_jax.weights.new_folder import flush_file
 
@@ -29,7 +29,7 @@ WRITING = ".writing"
 def folder_of(run: FinetuneRun, output: Path, step: int | None = None) -> Path:
     """Where it goes: the adapter, or the model if all of it was trained. With a step it is one that
     was asked for beside the result."""
-    name = "adapter" if run.trains_adapters else "model"
+    name = RESULT if run.trains_adapters else "model"
     return output / (name if step is None else f"{name}-step-{step}")
 
 

@@ -30,6 +30,7 @@ from gptoss_jax.weights.shards import Shards, needed_boxes
 from gptoss_jax.weights.tree import rows_of
 
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
+RESULT = "adapter"  # the folder of the result in that of a run
 FORMAT = "gptoss_jax adapter 1"
 
 
@@ -131,13 +132,18 @@ class AdapterFolder:
 
 
 def open_adapter(folder: str | Path) -> AdapterFolder:
-    """Read the facts and the headers. Raises CheckpointError with everything that is wrong."""
+    """Read the facts and the headers. Raises CheckpointError with everything that is wrong.
+
+    The output folder of a training run stands for the adapter that is its result.
+    """
     folder = user_folder("adapter", folder, f"a folder with {FACTS} and {TENSORS}")
+    if not os.path.exists(folder / FACTS) and os.path.isfile(folder / RESULT / FACTS):
+        folder = folder / RESULT
     missing = [name for name in (FACTS, TENSORS) if not os.path.isfile(folder / name)]
     if missing:
         raise CheckpointError(
             f"adapter: expected a folder with {FACTS} and {TENSORS}, got {str(folder)!r} without "
-            f"{' and '.join(missing)}; is it the folder of a training run? its adapter is inside"
+            f"{' and '.join(missing)}; give the folder that training has written, or the run's"
         )
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8-sig"))

@@ -212,7 +212,8 @@ def test_training_on_from_an_adapter(done, tmp_path, capfd):
     text = done.read_text()
     start, end = text.index("[lora]"), text.index("[data]")
     config.write_text(text[:start] + text[end:])
-    words = (f"model.adapter={first}", f"output={tmp_path / 'on'}", "watch.evaluate_every=4")
+    where = first.parent  # the run's folder stands for its result
+    words = (f"model.adapter={where}", f"output={tmp_path / 'on'}", "watch.evaluate_every=4")
 
     assert finetune(config, *words) == 0
 
@@ -234,3 +235,7 @@ def test_training_on_from_an_adapter(done, tmp_path, capfd):
     assert "model.adapter: expected the weights with which the run" in capfd.readouterr().err
     assert finetune(done, *words) == 2
     assert "model.adapter: expected none beside a [lora] table" in capfd.readouterr().err
+    assert finetune(config, *words, "model.checkpoint=none", f"output={tmp_path / 'new'}") == 2
+    said = capfd.readouterr().err
+    assert "model.adapter: expected the base that it was trained on" in said
+    assert said.endswith("; give that base\n")
