@@ -288,6 +288,8 @@ def _plain(value: Any) -> Any:
         return f"{FROM_PYTHON}{value}"
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return f"{FROM_PYTHON}{type(value).__module__}:{type(value).__qualname__}"  # a hook
 
 
@@ -308,13 +310,26 @@ def check_can_go_on(run: FinetuneRun) -> None:
         for hook in run.hooks
         if isinstance(hook, HookOptions) and _in_python(hook.target)
     ]
+    problems += [
+        f"hooks.{number}.options.{name}: expected a value that a file has, got {_in_python(value)} "
+        "from Python; go on with gptoss_jax.finetune and the same hooks, or say others"
+        for number, hook in enumerate(run.hooks)
+        if isinstance(hook, HookOptions)
+        for name, value in hook.options.items()
+        if _in_python(value)
+    ]
     if problems:
         raise ValueError("; ".join(problems))
 
 
-def _in_python(text: str) -> str:
+def _in_python(value: Any) -> str:
     """What was made there, by how run.json has it; "" for everything else."""
-    return text.removeprefix(FROM_PYTHON) if text.startswith(FROM_PYTHON) else ""
+    if isinstance(value, Mapping | list | tuple):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return next(filter(None, map(_in_python, inner)), "")
+    if not isinstance(value, str) or not value.startswith(FROM_PYTHON):
+        return ""
+    return value.removeprefix(FROM_PYTHON)
 
 
 def run_of(run: Any) -> FinetuneRun:

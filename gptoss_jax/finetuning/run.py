@@ -116,7 +116,8 @@ def _finetune(run: FinetuneRun, say: Callable[[str], None], accept_changes: bool
         facts = _facts(run, plan, training, held_out, base)
         changed = together(lambda: accepted(saved, facts), "run")
         facts |= _history(saved, facts, changed, done or 0)
-        anew = saved is not None and resume.measures_anew(saved, facts)
+        more = run.optimisation.all_steps > (done or 0)
+        anew = saved is not None and more and resume.measures_anew(saved, facts)
         if anew:
             say("held-out data: others than before, so the best is looked for from here on")
         record = _RunFile(plan.folder, facts, given)

@@ -39,12 +39,13 @@ def hooks_of(
 ) -> list[Hook]:
     """What the table [watch] asks for, with the user's hooks among it."""
     watch = run.watch
-    found: list[Hook] = [*_statistics(run, held_out), *made]
+    found: list[Hook] = [*_statistics(run, held_out)]
+    if watch.patience is not None:
+        found.append(hooks.EarlyStopping(patience=watch.patience))
+    found += made
     if watch.samples:
         answer = functools.partial(_answers, tokenizer=tokenizer, run=run)
         found.append(observers.Samples(watch.samples, answer, every=watch.samples_every))
-    if watch.patience is not None:
-        found.append(hooks.EarlyStopping(patience=watch.patience))
     if watch.trace is not None:
         found.append(observers.ProfilerTrace(first=watch.trace[0], last=watch.trace[1]))
     return [*found, *_reporters(run)]

@@ -27,6 +27,13 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 _ROLE_AND_CONTENT = {"role", "content"}
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_OF_A_MESSAGE = frozenset(
+    {
+        *("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight"),
+        *("thinking", "reasoning", "reasoning_content", "channel", "recipient", "content_type"),
+    }
+)
 _THINKING = ("thinking", "reasoning_content", "reasoning")  # names for the analysis, best first
 
 
@@ -323,11 +330,19 @@ def _from_text(value: Any) -> Any:
 
 
 def spells_messages(text: str) -> bool:
-    """Whether a text is JSON of messages, each with a role, and so hardly what anybody says."""
+    """Whether a text is JSON of a conversation: messages with roles and content that there are, and
+    nothing else in any of them. Lists of other objects are something to say."""
     messages = _from_text(text) if '"role"' in text else None
-    if not isinstance(messages, list) or not messages:
+    return isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= _OF_A_MESSAGE:
         return False
-    return all(isinstance(message, dict) and "role" in message for message in messages)
+    role = value.get("role")
+    return (
+        isinstance(role, str) and role in _ROLES and ("content" in value or "tool_calls" in value)
+    )
 
 
 def _multilingual(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
@@ -367,11 +382,13 @@ def _alpaca(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
 
 
 def _prompt_completion(fields: Mapping[str, Any], problems: list[Problem]) -> Located:
-    """Texts or lists of messages, which may be JSON text; nothing in the prompt is learnt."""
+    """Texts or lists of messages, which may be JSON text where both are; nothing in the prompt is
+    learnt."""
     located = _system_of(fields, problems)
+    texts = [value for value in (fields["prompt"], fields["completion"]) if isinstance(value, str)]
+    as_messages = bool(texts) and all(map(spells_messages, texts))
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = fields[column]
-        if isinstance(value, list) or (isinstance(value, str) and spells_messages(value)):
+        if isinstance(fields[column], list) or as_messages:
             part = _list_of_messages(fields, column, problems)
         else:
             part = [(column, {"role": role, "content": _text(fields, column, problems)})]

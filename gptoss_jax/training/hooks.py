@@ -88,6 +88,9 @@ class Hook:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """What `get_state` gave."""
 
+    def forget(self) -> None:
+        """From here on other things are measured: with what was, nothing can be compared."""
+
 
 def hook_from(target: str, **options: Any) -> Hook:
     """A user's hook: "module:Class", made with these options.
@@ -224,6 +227,9 @@ class Evaluation(Hook):
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.owed = state.get("owed", False)
 
+    def forget(self) -> None:
+        self.owed = True
+
 
 class EarlyStopping(Hook):
     """Stops when `metric` of an evaluation has not become better `patience` times in a row.
@@ -255,8 +261,13 @@ class EarlyStopping(Hook):
             )
 
     def get_state(self) -> dict[str, Any]:
-        return {"best": None if math.isinf(self.best) else self.best, "waited": self.waited}
+        best = None if math.isinf(self.best) else self.best
+        return {"metric": self.metric, "best": best, "waited": self.waited}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self.best = math.inf if state["best"] is None else state["best"]
-        self.waited = state["waited"]
+        if state.get("metric", "held_out_loss") == self.metric:  # that of earlier versions
+            self.best = math.inf if state["best"] is None else state["best"]
+            self.waited = state["waited"]
+
+    def forget(self) -> None:
+        self.best, self.waited = math.inf, 0

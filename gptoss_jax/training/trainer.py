@@ -23,7 +23,7 @@ from flax import nnx
 
 from gptoss_jax.distributed import everyones, is_first, of_first
 from gptoss_jax.model.transformer import Transformer
-from gptoss_jax.training.hooks import EarlyStopping, Hook, Metrics, Run, give_states, named
+from gptoss_jax.training.hooks import Hook, Metrics, Run, give_states, named
 from gptoss_jax.training.metrics import as_number, plain_metrics, plain_state, step_metrics
 from gptoss_jax.training.optimisers import Optimisation
 from gptoss_jax.training.signals import SafeStop
@@ -126,11 +126,6 @@ def train(
         return loop.run_all(run, signals)
 
 
-# States of hooks that have compared measurements, or owe one: as they are after a change of what is
-# measured.
-MEASURED = {"EarlyStopping": EarlyStopping(patience=1).get_state(), "Evaluation": {"owed": True}}
-
-
 class _Next(NamedTuple):
     """A batch, the same on its way to the devices, and where the data stand after it."""
 
@@ -178,19 +173,18 @@ class _Loop:
         self.position = facts["data"]
         if self.position is not None:
             self.batches.set_state(self.position)
-        states = facts["hooks"]
+        give_states(self.hooks, facts["hooks"])
         # What checkpoints of earlier versions do not have:
         run.metrics = facts.get("metrics", {})
         self.evaluated, self.evaluated_at = facts.get("evaluation", {}), facts.get("evaluated_at")
         if forget_best:
-            states = {name: state for name, state in states.items() if name not in MEASURED}
-            for name in self.hooks.keys() & MEASURED:
-                self.hooks[name].set_state(MEASURED[name])
+            for hook in self.hooks.values():
+                hook.forget()
         elif facts.get("best"):
             self.best = self._still_there(run, Best(*facts["best"]))
-        give_states(self.hooks, states)
-        if not go_on:
-            run.ended = run.reason = facts.get("ended")
+        if not go_on and facts.get("ended"):
+            run.ended = run.reason = facts["ended"]
+            run.say("the run has ended before, by a hook; other hooks would take it up again")
 
     def _still_there(self, run: Run, best: Best) -> Best | None:
         """The best evaluation, or else that of the best checkpoint that was kept."""

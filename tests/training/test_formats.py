@@ -234,8 +234,19 @@ GOOD = {
         Conversation(SUM.messages * 2, (0.0, 0.0, 0.0, 1.0)),
     ),
     "completion as text": (
-        {"prompt": "2+2?", "completion": " " + json.dumps([{**TELL, "thinking": "Add."}])},
+        {
+            "prompt": json.dumps([ASK]),
+            "completion": " " + json.dumps([{**TELL, "thinking": "Add."}]),
+        },
         Conversation((user("2+2?"), thought("Add."), answer("4")), (0.0, 1.0, 1.0)),
+    ),
+    "an answer that is JSON of messages": (
+        {"prompt": "2+2?", "completion": json.dumps([TELL])},
+        Conversation((user("2+2?"), answer(json.dumps([TELL]))), (0.0, 1.0)),
+    ),
+    "an answer that is JSON of people": (
+        {"prompt": "Who?", "completion": '[{"name": "Bob", "role": "engineer"}]'},
+        Conversation((user("Who?"), answer('[{"name": "Bob", "role": "engineer"}]')), (0.0, 1.0)),
     ),
     "JSON without roles": (
         {"prompt": '[{"a": "role"}]', "completion": '{"role": "x"}'},

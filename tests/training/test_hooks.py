@@ -215,6 +215,19 @@ def test_early_stopping(run):
     assert fresh.best == 2.5
 
 
+def test_early_stopping_by_another_metric(run):
+    """It is not given what was compared for the first, of earlier versions neither."""
+    state = {"metric": "held_out_loss", "best": 1.5, "waited": 1}
+    for given in (state, {"best": 1.5, "waited": 1}):
+        same, other = EarlyStopping(patience=2), EarlyStopping(patience=2, metric="error")
+        same.set_state(given)
+        other.set_state(given)
+        assert (same.best, same.waited) == (1.5, 1)
+        assert (other.best, other.waited) == (math.inf, 0)
+    same.forget()
+    assert (same.best, same.waited) == (math.inf, 0)
+
+
 def test_early_stopping_without_its_metric(run):
     """Evaluations of something else do not count; that it never came is said at the end."""
     hook = EarlyStopping(patience=1)

@@ -348,6 +348,26 @@ def test_the_best_is_known_after_a_resume(model):
     assert outcome.best == (1, 1.0)
 
 
+def test_what_is_measured_anew(model):
+    """Nothing is compared with what was, by any of several hooks, and it is measured at once."""
+
+    class Mine(hooks.EarlyStopping):
+        pass
+
+    def made():
+        stops = [hooks.EarlyStopping(patience=3), hooks.EarlyStopping(patience=9), Mine(patience=9)]
+        return [hooks.Evaluation([packed_batch(208)], every=1), *stops]
+
+    store = FakeStore(keep_best=1)
+    first, second = made(), made()
+    run(model, *first, At(2, lambda run: run.stop("enough")), store=store)
+
+    outcome = run(model, *second, store=store, go_on=True, forget_best=True)
+
+    assert outcome.best is not None and outcome.best.step >= 2
+    assert {hook.best for hook in second[1:]} == {outcome.best.metric}
+
+
 def test_a_signal_at_the_last_step(model, whole):
     """What is owed there is made up for when the run is started again, and then it is done."""
     asked = []
