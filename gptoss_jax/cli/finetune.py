@@ -15,7 +15,7 @@ from gptoss_jax.cli.errors import renamed
 from gptoss_jax.cli.options import Output
 from gptoss_jax.cli.output import others_on_stderr, print_json, remark
 from gptoss_jax.cli.processes import Processes
-from gptoss_jax.cli.values import Group
+from gptoss_jax.cli.values import Count, Flag, Group
 
 if TYPE_CHECKING:
     from gptoss_jax.finetuning.options import FinetuneRun
@@ -70,15 +70,17 @@ class Finetune:
     Example: gptoss finetune configs/finetune/tiny-lora.toml optimisation.steps=100
     """
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
+    config: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")
+    ] = ""
     """A TOML file, or the output folder of a run that was begun."""
     overrides: Overrides = dataclasses.field(default_factory=list)
     """Fields of it that are to be different, as optimisation.steps=20 or lora.rank=16."""
-    export_step: int | None = None
+    export_step: Count = None
     """Train nothing: write what the checkpoint of this step holds, beside the result."""
-    accept_changes: bool = False
+    accept_changes: Flag = False
     """Go on with other rates than those the run began with, from where it is."""
-    fields: bool = False
+    fields: Flag = False
     """List the fields that a RUN may have, with their kinds and defaults, and do nothing else."""
     output: Group[Output] = dataclasses.field(default_factory=Output)
     processes: Group[Processes] = dataclasses.field(default_factory=Processes)

@@ -104,7 +104,8 @@ def _option(field: dataclasses.Field, kind: Any, marks: tuple[Any, ...]) -> Opti
         names = (_optional(named) if named else field.name.upper(),)
     else:
         more = [name for mark in marks for name in getattr(mark, "aliases", None) or ()]
-        names = ("--" + field.name.replace("_", "-"), *more)
+        own = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+        names = ("--" + own.replace("_", "-"), *more)
     required = field.default is field.default_factory is dataclasses.MISSING
     paired = kind is bool and tyro.conf.FlagCreatePairsOff not in marks
     return Option(names, str if choices else kind, choices, many, positional, required, paired)

@@ -16,7 +16,6 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.folders import user_folder
-from gptoss_jax.model.adapter import adapters
 from gptoss_jax.model.inputs import described
 from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.weights.checkpoint import INDEX, pieces
@@ -69,6 +68,7 @@ def export(
     """
     _check_arguments(model, experts, max_shard_bytes, generation)
     kind, arrays = parameter_dtype(dtype), arrays_of(model)
+    _check_adapters(arrays)
     table = entries(model.config, "hf" if experts == "packed" else "bf16")
     _check_arrays(model, arrays)
     specs = {e.key: Spec(np.dtype(np.uint8) if e.published.is_bytes else kind, e.published.shape)
@@ -94,6 +94,16 @@ def export(
     return folder
 
 
+def _check_adapters(arrays: Mapping[str, Any]) -> None:
+    found = [name for name in arrays if f".{ADAPTER}." in name]
+    if found:
+        raise ValueError(
+            f"model: expected one without adapters, got {len(found)} arrays of some, the first "
+            f"{found[0]}; weights.adapters.save_adapter writes them, and load(..., adapter=FOLDER) "
+            "puts them on their base"
+        )
+
+
 def _check_arguments(
     model: Any, experts: Any, max_shard_bytes: Any, generation: Mapping[str, Any] | None
 ) -> None:
@@ -101,12 +111,6 @@ def _check_arguments(
         raise ValueError(
             f"model: expected a Transformer, got {described(model)}; gptoss_jax.load(FOLDER) makes "
             "one"
-        )
-    if found := adapters(model):
-        raise ValueError(
-            f"model: expected one without adapters, got {len(found)}, from {min(found)} on; "
-            "weights.adapters.save_adapter writes them, and load(..., adapter=FOLDER) puts them on "
-            "their base"
         )
     if experts not in ("packed", "bf16"):
         raise ValueError(f"experts: expected 'packed' or 'bf16', got {experts!r}")

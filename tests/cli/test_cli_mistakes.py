@@ -75,7 +75,7 @@ from gptoss_jax.inference.sampling import Sampling
         (["chat", "--model", "x", "Hi"], "got none of that name; did you mean --checkpoint?"),
         (["chat", "--max-tokens", "3", "Hi"], "got none of that name; did you mean --max-new-toke"),
         (["data", "show"], "PATH: expected at least one file or folder, got none"),
-        (["data"], "WHAT: expected check or show, got nothing; PATH: expected a value, got nothin"),
+        (["data"], "WHAT: expected check or show, got nothing"),
         (["data", "show", "NONE"], "PATH: expected at least one row, got none in "),
         (["finetune", "nowhere.toml"], "RUN: expected a TOML file, got nothing at 'nowher"),
         (["finetune", "TOML", "steps", "= 5"], "steps: expected FIELD=VALUE without spaces"),

@@ -153,6 +153,20 @@ def test_no_adapter(base, tmp_path, model):
         with_adapter(model, open_adapter(save_adapter(model, tmp_path / "new")))
 
 
+def test_a_model_with_adapters_is_not_exported(model, tmp_path):
+    """The error says what to do instead, in one line."""
+    with pytest.raises(ValueError, match="without adapters, got 20 arrays of some") as error:
+        gj.export(model, tmp_path / "exported")
+
+    assert "save_adapter writes them" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(model, folder, tmp_path):
+    assert open_adapter(tmp_path).folder == folder
+
+
 def test_a_folder_is_never_overwritten(model, folder):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
