@@ -39,7 +39,7 @@ from gptoss_jax.training.sources import files_of
 from gptoss_jax.training.step import Step
 from gptoss_jax.training.store import CheckpointStore
 from gptoss_jax.training.trainer import Outcome, train
-from gptoss_jax.weights.adapters import Base, adapter_fingerprint, base_of, open_adapter
+from gptoss_jax.weights.adapters import Base, adapter_fingerprint, base_of
 from gptoss_jax.weights.checkpoint import open_checkpoint
 from gptoss_jax.weights.load import abstract_model, load, parameter_dtype
 
@@ -209,7 +209,6 @@ def _planned(run: FinetuneRun, *, data: bool = True) -> _Plan:
         "adapter": None,
     }
     if run.model.adapter is not None:
-        open_adapter(run.model.adapter)
         facts["adapter"] = adapter_fingerprint(run.model.adapter)
     if run.lora is not None:
         like = abstract_model(opened, experts=experts, dtype=kind, where=None)

@@ -81,9 +81,13 @@ def _specials(contents: Sequence[str]) -> Iterator[Fault]:
         yield _warning("special_text", text)
 
 
+def _learnt_answers(conversation: Conversation) -> list[str]:
+    pairs = zip(conversation.messages, conversation.weights, strict=True)
+    return [message.content for message, weight in pairs if weight and message.is_answer]
+
+
 def _think_tags(conversation: Conversation) -> Iterator[Fault]:
-    learnt = zip(conversation.messages, conversation.weights, strict=True)
-    answers = [message.content for message, weight in learnt if weight and message.is_answer]
+    answers = _learnt_answers(conversation)
     tags = {tag for answer in answers for tag in _THINKS.findall(answer)}
     if tags:
         text = f"has {', '.join(sorted(tags))} in an answer; write reasoning as `thinking`"
@@ -91,8 +95,7 @@ def _think_tags(conversation: Conversation) -> Iterator[Fault]:
 
 
 def _empty_answers(conversation: Conversation) -> Iterator[Fault]:
-    learnt = zip(conversation.messages, conversation.weights, strict=True)
-    if any(weight and not message.content and message.is_answer for message, weight in learnt):
+    if "" in _learnt_answers(conversation):
         text = "has an answer without text, which is learnt, too; give it weight 0 or omit it"
         yield _warning("empty_answer", text)
 
